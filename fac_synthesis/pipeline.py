@@ -6,7 +6,7 @@
 __all__ = ['read_stages', 'stage_table', 'ancestors', 'dependents', 'find_stages', 'parse_given', 'deal_values', 'remembered',
            'check_folders', 'make_plan', 'reason', 'locked', 'stage_status', 'platform_facts', 'read_manifest',
            'write_manifest', 'say', 'check_reads', 'run_stage', 'Workers', 'jobs_and_threads', 'cost_lines', 'report',
-           'stated_cost', 'print_plan', 'print_status', 'stop', 'run', 'main']
+           'stated_cost', 'past_cost', 'print_plan', 'print_status', 'stop', 'run', 'main']
 
 # %% ../nbs/06_pipeline.ipynb #3ed587dd
 import argparse, contextlib, difflib, fcntl, json, os, platform, re, shlex, shutil, signal, sys, threading, time
@@ -229,7 +229,7 @@ def report(profile: str, took: float):
     with contextlib.suppress(ValueError): folder = folder.relative_to(project_root())  # not the working directory: papermill moves it while stages overlap
     say(f"\nThis run took {took:.1f} s. Results are in {folder}: tables/, figures/, notebooks/ (executed), manifest.json")
 
-# %% ../nbs/06_pipeline.ipynb #ba93d315
+# %% ../nbs/06_pipeline.ipynb #62c33ad0
 def stated_cost(stage: str, profile: str) -> str:
     "What the notebook says it costs in this profile: the cost row of its first table."
     cells = json.loads(notebook_path(stage).read_text())["cells"]
@@ -238,6 +238,14 @@ def stated_cost(stage: str, profile: str) -> str:
     parts = (named or [text for _, text in rows] or [""])[0].strip()
     mine = [part for part in re.split(r"(?<=[;.])\s+", parts) if profile in part]
     return (mine[0] if mine else parts).replace("`", "").strip(" ;")
+
+def past_cost(profile: str, stages: Iterable[str]) -> str:
+    "What these stages cost when they last ran, from the manifest, as a sentence; other parameters or another machine make it differ."
+    known = [s for stage, s in read_manifest(profile).get("stages", {}).items() if stage in set(stages)]
+    if not known: return "nothing to run" if not set(stages) else f"no earlier run of profile {profile} tells what this costs"
+    new = len(set(stages)) - len(known)
+    return (f"{len(known)} stages took {sum(s['seconds'] for s in known):.0f} s in all when they last ran, with up to {max(s['peak_mb'] for s in known) / 1024:.1f} GB each"
+            + (f"; {new} have never run" if new else ""))
 
 def print_plan(profile: str, plan: dict[str, dict]):
     "One line per stage: unchanged, runs (why), or may run because something above it does."
@@ -248,6 +256,7 @@ def print_plan(profile: str, plan: dict[str, dict]):
         if why: runs.add(stage)
         verdict = f"runs: {why}" if why else f"runs if {', '.join(above)} changes what it reads" if above else "unchanged"
         say(f"[{i:2}/{len(plan)}] {stage:27} {verdict}" + (f"  ({stated_cost(stage, profile)})" if verdict != "unchanged" else ""))
+    say(past_cost(profile, runs | dependents(runs, table) & set(plan)))
 
 def print_status(profile: str, plan: dict[str, dict]):
     "One line per stage."
@@ -256,7 +265,7 @@ def print_status(profile: str, plan: dict[str, dict]):
     except UserError: at_work = True
     for stage, given in plan.items(): say(f"{stage:27} {stage_status(stage, profile, given, at_work)}")
 
-# %% ../nbs/06_pipeline.ipynb #b89af2be
+# %% ../nbs/06_pipeline.ipynb #bc7c5d31
 def stop(number, frame): raise SystemExit(128 + number)
 
 def run(profile: str, only: str, given: str, jobs: int) -> int:
@@ -280,6 +289,9 @@ def main(arguments: list[str] | None = None) -> int:
         plan = make_plan(a.profile, a.only, a.params)
         (print_plan if a.command == "plan" else print_status)(a.profile, plan)
     except UserError as e: print(e, file=sys.stderr); return 1
+    except BrokenPipeError:  # the reader, `| head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if a.command == "run": os._exit(128 + signal.SIGPIPE)
     except (KeyboardInterrupt, SystemExit) as e:
         print("stopped; run again to go on from here", file=sys.stderr, flush=True)
         os._exit(getattr(e, "code", 130))  # at once: the kernels end with this process, its threads would wait for them

@@ -1,5 +1,6 @@
 """Pages, published outputs and the README, on a project of one notebook made on the spot."""
 import json
+import re
 from pathlib import Path
 import pytest
 from fac_synthesis import pages
@@ -35,7 +36,25 @@ def test_pages_load_nothing_from_outside(project):
     front, one = (Path("results/mini/html") / f"{n}.html" for n in ("index", "10_one"))
     assert 'href="10_one.html"' in front.read_text() and "secret" not in front.read_text()
     html = one.read_text()
-    assert "<script" not in html and "<link" not in html and "$x^2$" in html and "hidden = 1" not in html and "more" in html, "executed outputs, equations as TeX"
+    assert "<script" not in html and "<link" not in html and "<msup>" in html and "hidden = 1" not in html and "more" in html, "executed outputs, equations as MathML"
+
+
+def test_equations_become_mathml_and_code_stays():
+    drawn = pages.with_mathml("$$\n\\frac{a}{b}\n$$ and $\\delta$, `$HOME/$USER`, ```\n$x$\n``` for $5 or $6")
+    assert drawn.count("<math") == 2 and 'display="block"' in drawn and "<mfrac>" in drawn and "\\" not in drawn
+    assert "`$HOME/$USER`" in drawn and "```\n$x$\n```" in drawn and drawn.endswith("$5 or $6")
+
+
+def test_every_equation_of_the_notebooks_is_drawn():
+    for path in sorted((Path(__file__).parents[1] / "nbs").glob("*.ipynb")):
+        for cell in json.loads(path.read_text())["cells"]:
+            if cell["cell_type"] == "markdown": assert not (left := [m for m in re.findall(r"<math.*?</math>", pages.with_mathml("".join(cell["source"])), re.S) if "\\" in re.sub("<[^>]*>", "", m)]), f"{path.name}: {left}"
+
+
+def test_pages_of_a_profile_that_never_ran_are_refused(project, capsys):
+    (project / "nbs/profiles/small.yaml").write_text("{}")
+    assert pages.main(["html", "--profile", "small"]) == 1
+    assert "profile small has not run yet" in capsys.readouterr().err and not (project / "results/small").exists()
 
 
 def test_published_outputs_are_tidy_and_the_same_each_time(project):

@@ -154,6 +154,20 @@ def test_plan_says_what_would_run(project, capsys):
     assert said["20_total"].startswith("runs if 00_numbers changes")
 
 
+def test_plan_tells_the_cost_of_the_last_time(project, capsys):
+    stages = json.loads((project / "results/mini/manifest.json").read_text())["stages"]
+    assert pipeline.main(["plan", "--only", "10", "--params", "-p power 3.0"]) == 0
+    assert f"2 stages took {stages['10_squares']['seconds'] + stages['20_total']['seconds']:.0f} s in all" in capsys.readouterr().out
+    assert pipeline.main(["plan"]) == 0 and "nothing to run" in capsys.readouterr().out
+    (project / "results/mini/manifest.json").unlink()
+    assert pipeline.main(["plan", "--params", "-p n 5"]) == 0 and "no earlier run of profile mini" in capsys.readouterr().out
+
+
+def test_a_reader_may_close_the_pipe(project):
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", f"{sys.executable} -m fac_synthesis.pipeline status | head -c 1"], capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+
+
 def test_code_and_outputs_count_and_prose_does_not(project, capsys):
     path = project / "nbs" / "10_squares.ipynb"
     notebook = json.loads(path.read_text())
