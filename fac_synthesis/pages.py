@@ -29,7 +29,7 @@ def with_mathml(markdown: str) -> str:
     def draw(found): return found[0] if found.lastgroup is None else convert(found[found.lastgroup].strip(), display=found.lastgroup)
     return _MATH.sub(draw, markdown)
 
-# %% ../nbs/07_pages.ipynb #c923e447
+# %% ../nbs/07_pages.ipynb #37555c13
 def page(notebook: Path) -> str:
     "One notebook as a page that loads nothing from outside; links to other notebooks become links to their pages."
     import nbformat
@@ -38,8 +38,9 @@ def page(notebook: Path) -> str:
     read = nbformat.read(notebook, as_version=4)
     for cell in read.cells:
         if cell.cell_type == "markdown": cell.source = with_mathml(cell.source)
-    html, _ = HTMLExporter(config=Config(_hide())).from_notebook_node(read, dict(metadata=dict(name=notebook.stem)))
+    html, _ = HTMLExporter(config=Config(_hide()), exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(read, dict(metadata=dict(name=notebook.stem)))
     html = re.sub(r"<script\b.*?</script>|<link\b[^>]*https?:[^>]*>", "", html, flags=re.S)
+    html = html.replace("</head>", "<style>pre {white-space: pre-wrap !important; overflow-wrap: anywhere}</style></head>", 1)  # long lines survive printing
     return re.sub(r'href="(\w+)\.ipynb"', r'href="\1.html"', html)
 
 def write_pages(profile: str) -> Path:
