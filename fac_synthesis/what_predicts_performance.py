@@ -17,7 +17,7 @@ from .diversity_metrics import METRICS
 from .experiment import UserError, published, stage_record, start
 from .feature_covered_samples import GENERATED
 
-# %% ../nbs/50_what_predicts_performance.ipynb #e9cfd951
+# %% ../nbs/50_what_predicts_performance.ipynb #45e96172
 SCORED = {"40_toxicity_detection": (["toxicity"], "auprc", 100), "41_reward_modeling": (["reward"], "average", 100),
           "42_behavior_steering": (["sycophancy", "survival"], "scr", 100), "43_instruction_following": (["instruction"], "wr", 1)}  # stage -> tasks, column, factor to percent
 PAPER_COLUMN = {"toxicity": "toxicity_auprc", "reward": "reward_accuracy", "sycophancy": "sycophancy_scr", "survival": "survival_scr", "instruction": "instruction_wr"}  # task -> column of Table 1
@@ -32,10 +32,13 @@ def long_scores(stage: str, scores: pd.DataFrame) -> pd.DataFrame:
     return scores.assign(task=task, training=training, score=factor * scores[column].astype(float))[["task", "method", "training", "seed", "score"]]
 
 def task_scores(run) -> pd.DataFrame:
-    "All scores of a run: task, method, training, seed, score (percent). A task without corpora is read where its notebook has run all the same."
-    present = set(run.input("02_corpora", "tasks"))
-    stages = [stage for stage, (tasks, *_) in SCORED.items() if present & set(tasks) or stage_record(stage, run.profile) is not None]
-    return pd.concat([long_scores(stage, run.input(stage, "scores")) for stage in stages], ignore_index=True)
+    "All scores of a run: task, method, training, seed, score (percent). A task notebook that had nothing to train left none."
+    def left(stage):
+        run.upstream(stage)
+        if "scores" in stage_record(stage, run.profile)["outputs"]: return run.input(stage, "scores")
+        run.inputs[f"{stage}/scores"] = None  # so that this notebook becomes stale once they exist
+    found = {stage: scores for stage in SCORED if (scores := left(stage)) is not None}
+    return pd.concat([long_scores(stage, scores) for stage, scores in found.items()], ignore_index=True)
 
 def main_training(scores: pd.DataFrame, task: str) -> str:
     "The training that stands for a task: LoRA where there is one."
