@@ -1,4 +1,5 @@
 """The Top-K SAE: its gradients, its codes, its dead latents, its files."""
+import importlib.util
 import json
 from functools import partial
 
@@ -50,6 +51,60 @@ def test_gradients_equal_dense_autograd(kind, tied, dead):
     for name in gradients[0]: assert (gradients[0][name] - gradients[1][name]).abs().max() < 1e-10, name
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_dense_and_sparse_products_agree(monkeypatch, share):
+    monkeypatch.setitem(module.DENSE_SHARE, "cpu", share); monkeypatch.setitem(module.BLOCK_TOKENS, "cpu", 7)
+    sae, x = make(False, k=20, dtype=torch.float64, prefixes=(16,)), torch.randn(30, 12, dtype=torch.float64)
+    mine, reference = (torch.autograd.grad(loss, list(sae.parameters())) for loss in (sae_losses(sae, x).total, dense_losses(sae, x)))
+    for a, b in zip(mine, reference, strict=True): assert (a - b).abs().max() < 1e-10
+
+
+def test_a_bfloat16_product_only_chooses():
+    sae, x = make(False, d=32, h=256, k=8), torch.randn(200, 32)
+    exact = sae.encode(x)
+    sae.product_dtype = torch.bfloat16
+    values, indices = sae.encode(x)
+    preacts = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc
+    assert values.dtype == torch.float32 and torch.allclose(values, preacts.gather(1, indices).relu(), atol=1e-5)
+    same = torch.zeros_like(preacts).scatter_(1, indices, 1) * torch.zeros_like(preacts).scatter_(1, exact[1], 1)
+    assert same.sum() > 0.97 * 8 * 200, "rounding swaps few latents"
+    grads = [torch.autograd.grad(sae(x).x_BD.pow(2).sum(), sae.W_enc)[0]]
+    sae.product_dtype = None; grads.append(torch.autograd.grad(sae(x).x_BD.pow(2).sum(), sae.W_enc)[0])
+    assert (grads[0] - grads[1]).norm() < 0.2 * grads[1].norm()
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The module with its GPU kernels run by Triton's interpreter, for tensors on the CPU."""
+    pytest.importorskip("triton", reason="triton is not installed, so there are no GPU kernels to check")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    spec = importlib.util.spec_from_file_location("fac_synthesis.sae_interpreted", module.__file__)
+    fresh = importlib.util.module_from_spec(spec); spec.loader.exec_module(fresh)
+    return fresh
+
+
+@pytest.mark.parametrize("dtype,close", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("B,K,H,D", [(3, 5, 40, 33), (4, 20, 64, 130)])
+def test_gpu_kernels_equal_the_plain_products(interpreted, dtype, close, B, K, H, D):
+    torch.manual_seed(0)
+    y, rows, values, indices = torch.randn(B, D).to(dtype), torch.randn(H, D).to(dtype), torch.randn(B, K).to(dtype), torch.rand(B, H).topk(K, 1).indices
+    values[0, 1:4] = 0; indices[0, 1:4] = 0  # padding repeats an index
+    codes = torch.zeros(B, H, dtype=torch.float64).scatter_add_(1, indices, values.double())
+    starts = torch.arange(0, B * K + 1, K)
+    for mine, reference in ((interpreted.gpu_bag_sums(rows, indices.flatten(), values.flatten(), starts), codes @ rows.double()),
+                            (interpreted.gpu_row_dots(y, indices, rows), (y.double() @ rows.double().T).gather(1, indices))):
+        assert mine.dtype == dtype and ((mine - reference).abs() / (1 + reference.abs())).max() < close
+
+
+def test_a_training_step_on_the_gpu_kernels_has_the_gradients_of_dense_autograd(interpreted, monkeypatch):
+    monkeypatch.setattr(interpreted, "on_gpu", lambda t: True)
+    torch.manual_seed(0)
+    sae, x = interpreted.SAE(interpreted.SAEConfig(6, 40, 3, tied=False, prefixes=(16,))).double(), torch.randn(9, 6, dtype=torch.float64)
+    dead = torch.arange(12)
+    mine, reference = (torch.autograd.grad(loss, list(sae.parameters())) for loss in (interpreted.sae_losses(sae, x, dead_M=dead, k_aux=2).total, dense_losses(sae, x, dead_M=dead, k_aux=2)))
+    for a, b in zip(mine, reference, strict=True): assert (a - b).abs().max() < 1e-10
+
+
 def test_gradient_reaches_the_input():
     sae, x = make(dtype=torch.float64), torch.randn(9, 12, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: ChosenPreactivations.apply(x, sae.W_enc, sae.b_enc, sae.b_dec, partial(row_top_k, k=3))[0], (x,))
@@ -77,19 +132,19 @@ def test_l0_is_at_most_k_and_below_it_when_few_are_positive():
     assert active.max() <= 4 and active.float().mean() < 4 and values.min() >= 0
 
 
-@pytest.mark.parametrize("shape,k", [((5, 64), 4), ((5, 64), 5), ((5, 60), 4), ((7, 160), 9)])
-def test_two_stage_top_k_is_exact(monkeypatch, shape, k):
-    monkeypatch.setattr(module, "TWO_STAGE_FROM", 0)
+@pytest.mark.parametrize("shape,k", [((5, 64), 4), ((5, 64), 5), ((5, 60), 4), ((7, 160), 9), ((3, 2048), 3), ((0, 2048), 3)])
+@pytest.mark.parametrize("levels", [1, 30])
+def test_staged_top_k_is_exact(shape, k, levels):
     torch.manual_seed(0)
-    preacts = torch.randn(shape)
-    values, indices = top_k(preacts, k, group=16)
+    preacts = (torch.randn(shape) * levels).round() if levels > 1 else torch.randn(shape)  # rounding makes ties
+    values, indices = top_k(preacts, k)
     assert torch.equal(values.sort(1).values, preacts.topk(k, dim=1).values.sort(1).values)
     assert torch.equal(preacts.gather(1, indices), values)
 
 
 @pytest.mark.parametrize("block", [1, 7, 1000])
 def test_batch_top_k_keeps_the_largest_positive_of_the_batch(monkeypatch, block):
-    monkeypatch.setattr(module, "BLOCK_TOKENS", block)
+    monkeypatch.setitem(module.BLOCK_TOKENS, "cpu", block)
     sae, x = make(dtype=torch.float64, activation="batchtopk"), torch.randn(40, 12, dtype=torch.float64)
     x[3] *= 20; x[5] = sae.b_dec  # a rich token and a poor one
     preacts = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc
