@@ -1,7 +1,11 @@
 """The Top-K SAE: its gradients, its codes, its dead latents, its files."""
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,36 +77,12 @@ def test_a_bfloat16_product_only_chooses():
     assert (grads[0] - grads[1]).norm() < 0.2 * grads[1].norm()
 
 
-@pytest.fixture
-def interpreted(monkeypatch):
-    """The module with its GPU kernels run by Triton's interpreter, for tensors on the CPU."""
-    pytest.importorskip("triton", reason="triton is not installed, so there are no GPU kernels to check")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    spec = importlib.util.spec_from_file_location("fac_synthesis.sae_interpreted", module.__file__)
-    fresh = importlib.util.module_from_spec(spec); spec.loader.exec_module(fresh)
-    return fresh
-
-
-@pytest.mark.parametrize("dtype,close", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("B,K,H,D", [(3, 5, 40, 33), (4, 20, 64, 130)])
-def test_gpu_kernels_equal_the_plain_products(interpreted, dtype, close, B, K, H, D):
-    torch.manual_seed(0)
-    y, rows, values, indices = torch.randn(B, D).to(dtype), torch.randn(H, D).to(dtype), torch.randn(B, K).to(dtype), torch.rand(B, H).topk(K, 1).indices
-    values[0, 1:4] = 0; indices[0, 1:4] = 0  # padding repeats an index
-    codes = torch.zeros(B, H, dtype=torch.float64).scatter_add_(1, indices, values.double())
-    starts = torch.arange(0, B * K + 1, K)
-    for mine, reference in ((interpreted.gpu_bag_sums(rows, indices.flatten(), values.flatten(), starts), codes @ rows.double()),
-                            (interpreted.gpu_row_dots(y, indices, rows), (y.double() @ rows.double().T).gather(1, indices))):
-        assert mine.dtype == dtype and ((mine - reference).abs() / (1 + reference.abs())).max() < close
-
-
-def test_a_training_step_on_the_gpu_kernels_has_the_gradients_of_dense_autograd(interpreted, monkeypatch):
-    monkeypatch.setattr(interpreted, "on_gpu", lambda t: True)
-    torch.manual_seed(0)
-    sae, x = interpreted.SAE(interpreted.SAEConfig(6, 40, 3, tied=False, prefixes=(16,))).double(), torch.randn(9, 6, dtype=torch.float64)
-    dead = torch.arange(12)
-    mine, reference = (torch.autograd.grad(loss, list(sae.parameters())) for loss in (interpreted.sae_losses(sae, x, dead_M=dead, k_aux=2).total, dense_losses(sae, x, dead_M=dead, k_aux=2)))
-    for a, b in zip(mine, reference, strict=True): assert (a - b).abs().max() < 1e-10
+def test_gpu_kernels_under_the_interpreter():
+    """Triton must be told before it is imported, hence another process."""
+    if not importlib.util.find_spec("triton"): pytest.skip("triton is not installed, so there are no GPU kernels to check")
+    done = subprocess.run([sys.executable, Path(__file__).with_name("triton_kernels.py")], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "8 checks" in done.stdout
 
 
 def test_gradient_reaches_the_input():
