@@ -112,7 +112,7 @@ def above_threshold(blocks: Iterable[Tensor], threshold_H: Tensor) -> tuple[Tens
         values.append(preacts_BH.flatten()[flat_P]); flat.append(flat_P + rows * len(threshold_H)); rows += len(preacts_BH)
     return pack_rows(torch.cat(flat), torch.cat(values), rows, len(threshold_H))
 
-# %% ../nbs/10_sae.ipynb #3068e278
+# %% ../nbs/10_sae.ipynb #147d7fe0
 def bag_sums(rows_RD: Tensor, row_P: Tensor, weight_P: Tensor, start_N: Tensor) -> Tensor:
     """Bag b is the sum of weight * row over the pairs start_N[b] to start_N[b + 1]: (len(start_N) - 1, d)."""
     if on_gpu(rows_RD): return gpu_bag_sums(rows_RD, row_P, weight_P, start_N)
@@ -141,7 +141,7 @@ def row_dots(y_BD: Tensor, indices_BK: Tensor, rows_HD: Tensor) -> Tensor:
     if on_gpu(rows_HD): return gpu_row_dots(y_BD, indices_BK, rows_HD)
     (B, K), H = indices_BK.shape, len(rows_HD)
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # torch calls its CSR tensors beta
-        places = torch.sparse_csr_tensor(torch.arange(0, B * K + 1, K), indices_BK.flatten(), y_BD.new_zeros(B * K), (B, H), check_invariants=False)
+        places = torch.sparse_csr_tensor(torch.arange(0, B * K + 1, K, device=y_BD.device), indices_BK.flatten(), y_BD.new_zeros(B * K), (B, H), check_invariants=False)
     return torch.sparse.sampled_addmm(places, y_BD, rows_HD.T, beta=0.0).values().view(B, K)
 
 # %% ../nbs/10_sae.ipynb #bbaac962
@@ -309,12 +309,13 @@ class SAE(Dictionary):
     @classmethod
     def load(cls, folder: Path | str) -> "SAE": return load_sae(Path(folder), cls)
 
-# %% ../nbs/10_sae.ipynb #14d2a0e8
+# %% ../nbs/10_sae.ipynb #46533a95
 def to_threshold(sae: SAE, theta: float | Tensor) -> SAE:
     """The same SAE (tensors are shared) with threshold activation: a latent is active above `theta`, one number or one per latent."""
     with torch.device("meta"): again = SAE(replace(sae.config, activation="threshold"))
     theta_H = torch.as_tensor(theta, dtype=sae.b_enc.dtype, device=sae.b_enc.device).expand_as(sae.b_enc).clone()
     again.load_state_dict({**sae.state_dict(), "threshold_H": theta_H}, assign=True)
+    again.product_dtype = sae.product_dtype
     return again
 
 # %% ../nbs/10_sae.ipynb #593a9ec0
