@@ -1,5 +1,11 @@
 """The Top-K SAE: its gradients, its codes, its dead latents, its files."""
+import importlib.util
 import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,14 +13,15 @@ import torch.nn.functional as F
 
 from fac_synthesis import sae as module
 from fac_synthesis.experiment import UserError
-from fac_synthesis.sae import (SAE, ChosenPreactivations, SAEConfig, count_idle_, dense_losses, reconstruction_losses, sae_losses, top_k)
+from fac_synthesis.sae import (SAE, ChosenPreactivations, SAEConfig, batch_top_k, count_idle_, dense_losses, reconstruction_losses, row_top_k, sae_losses,
+                                to_threshold, top_k)
 
 torch.set_num_threads(1)
 
 
-def make(tied=True, d=12, h=48, k=4, seed=0, dtype=torch.float32) -> SAE:
+def make(tied=True, d=12, h=48, k=4, seed=0, dtype=torch.float32, **kind) -> SAE:
     torch.manual_seed(seed)
-    sae = SAE(SAEConfig(d, h, k, tied, layer=3, backbone="tiny")).to(dtype)
+    sae = SAE(SAEConfig(d, h, k, tied, layer=3, backbone="tiny", **kind)).to(dtype)
     with torch.no_grad():
         sae.b_enc.normal_(std=0.3); sae.b_dec.normal_()
         if not tied: sae.W_dec.normal_(); sae.normalise_()
@@ -29,10 +36,16 @@ def planted(n: int, generator, d=32, atoms=200) -> torch.Tensor:
     return 4 * ((torch.rand(n, atoms, generator=generator) + 0.5) * active) @ directions
 
 
+KINDS = {"topk": {}, "batchtopk": dict(activation="batchtopk"), "threshold": dict(activation="threshold"),
+         "matryoshka": dict(prefixes=(8, 20)), "matryoshka batchtopk": dict(activation="batchtopk", prefixes=(8, 20))}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dead", [None, [], [1, 5, 6, 7, 40]])
-def test_gradients_equal_dense_autograd(tied, dead):
-    sae, x = make(tied, dtype=torch.float64), torch.randn(70, 12, dtype=torch.float64)
+def test_gradients_equal_dense_autograd(kind, tied, dead):
+    sae, x = make(tied, dtype=torch.float64, **KINDS[kind]), torch.randn(70, 12, dtype=torch.float64)
+    if kind == "threshold": sae.threshold_H.uniform_(-1, 3)
     dead = None if dead is None else torch.tensor(dead, dtype=torch.long)
     gradients, totals = [], []
     for loss in (sae_losses(sae, x, dead_M=dead, k_aux=3).total, dense_losses(sae, x, dead_M=dead, k_aux=3)):
@@ -42,9 +55,39 @@ def test_gradients_equal_dense_autograd(tied, dead):
     for name in gradients[0]: assert (gradients[0][name] - gradients[1][name]).abs().max() < 1e-10, name
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_dense_and_sparse_products_agree(monkeypatch, share):
+    monkeypatch.setitem(module.DENSE_SHARE, "cpu", share); monkeypatch.setitem(module.BLOCK_TOKENS, "cpu", 7)
+    sae, x = make(False, k=20, dtype=torch.float64, prefixes=(16,)), torch.randn(30, 12, dtype=torch.float64)
+    mine, reference = (torch.autograd.grad(loss, list(sae.parameters())) for loss in (sae_losses(sae, x).total, dense_losses(sae, x)))
+    for a, b in zip(mine, reference, strict=True): assert (a - b).abs().max() < 1e-10
+
+
+def test_a_bfloat16_product_only_chooses():
+    sae, x = make(False, d=32, h=256, k=8), torch.randn(200, 32)
+    exact = sae.encode(x)
+    sae.product_dtype = torch.bfloat16
+    values, indices = sae.encode(x)
+    preacts = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc
+    assert values.dtype == torch.float32 and torch.allclose(values, preacts.gather(1, indices).relu(), atol=1e-5)
+    same = torch.zeros_like(preacts).scatter_(1, indices, 1) * torch.zeros_like(preacts).scatter_(1, exact[1], 1)
+    assert same.sum() > 0.97 * 8 * 200, "rounding swaps few latents"
+    grads = [torch.autograd.grad(sae(x).x_BD.pow(2).sum(), sae.W_enc)[0]]
+    sae.product_dtype = None; grads.append(torch.autograd.grad(sae(x).x_BD.pow(2).sum(), sae.W_enc)[0])
+    assert (grads[0] - grads[1]).norm() < 0.2 * grads[1].norm()
+
+
+def test_gpu_kernels_under_the_interpreter():
+    """Triton must be told before it is imported, hence another process."""
+    if not importlib.util.find_spec("triton"): pytest.skip("triton is not installed, so there are no GPU kernels to check")
+    done = subprocess.run([sys.executable, Path(__file__).with_name("triton_kernels.py")], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "8 checks" in done.stdout
+
+
 def test_gradient_reaches_the_input():
     sae, x = make(dtype=torch.float64), torch.randn(9, 12, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: ChosenPreactivations.apply(x, sae.W_enc, sae.b_enc, sae.b_dec, 3)[0], (x,))
+    assert torch.autograd.gradcheck(lambda x: ChosenPreactivations.apply(x, sae.W_enc, sae.b_enc, sae.b_dec, partial(row_top_k, k=3))[0], (x,))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -69,14 +112,78 @@ def test_l0_is_at_most_k_and_below_it_when_few_are_positive():
     assert active.max() <= 4 and active.float().mean() < 4 and values.min() >= 0
 
 
-@pytest.mark.parametrize("shape,k", [((5, 64), 4), ((5, 64), 5), ((5, 60), 4), ((7, 160), 9)])
-def test_two_stage_top_k_is_exact(monkeypatch, shape, k):
-    monkeypatch.setattr(module, "TWO_STAGE_FROM", 0)
+@pytest.mark.parametrize("shape,k", [((5, 64), 4), ((5, 64), 5), ((5, 60), 4), ((7, 160), 9), ((3, 2048), 3), ((0, 2048), 3)])
+@pytest.mark.parametrize("levels", [1, 30])
+def test_staged_top_k_is_exact(shape, k, levels):
     torch.manual_seed(0)
-    preacts = torch.randn(shape)
-    values, indices = top_k(preacts, k, group=16)
+    preacts = (torch.randn(shape) * levels).round() if levels > 1 else torch.randn(shape)  # rounding makes ties
+    values, indices = top_k(preacts, k)
     assert torch.equal(values.sort(1).values, preacts.topk(k, dim=1).values.sort(1).values)
     assert torch.equal(preacts.gather(1, indices), values)
+
+
+@pytest.mark.parametrize("block", [1, 7, 1000])
+def test_batch_top_k_keeps_the_largest_positive_of_the_batch(monkeypatch, block):
+    monkeypatch.setitem(module.BLOCK_TOKENS, "cpu", block)
+    sae, x = make(dtype=torch.float64, activation="batchtopk"), torch.randn(40, 12, dtype=torch.float64)
+    x[3] *= 20; x[5] = sae.b_dec  # a rich token and a poor one
+    preacts = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc
+    kept = torch.zeros(preacts.numel(), dtype=torch.float64)
+    top = preacts.flatten().topk(4 * 40)
+    kept[top.indices] = top.values.relu()
+    values, indices = sae.encode(x)
+    assert torch.allclose(torch.zeros_like(preacts).scatter_add(1, indices, values), kept.view_as(preacts), atol=1e-12)
+    assert values.shape[1] == (kept.view_as(preacts) > 0).sum(1).max()
+
+
+def test_batch_top_k_of_few_positives_and_of_none():
+    values, indices = batch_top_k([torch.tensor([[-1.0, 2.0, -3.0]]), -torch.ones(1, 3)], total=4)
+    assert values.tolist() == [[2], [0]] and indices.tolist() == [[1], [0]]
+    values, indices = batch_top_k([torch.empty(0, 3)], total=0)
+    assert values.shape == indices.shape == (0, 1)
+
+
+def test_threshold_inference_equals_the_naive_formula_and_scales_with_the_units(tmp_path):
+    torch.manual_seed(1)
+    sae, x = to_threshold(make(False, activation="batchtopk"), torch.rand(48) * 3 - 0.5), torch.randn(33, 12) * 2
+    preacts = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc
+    naive = torch.where(preacts > sae.threshold_H, preacts, 0).relu()
+    values, indices = sae.encode(x)
+    assert torch.allclose(torch.zeros_like(preacts).scatter_add(1, indices, values), naive, atol=1e-5)
+    assert values.shape[1] == (naive > 0).sum(1).max() and torch.allclose(sae(x).x_BD, naive @ sae.W_dec + sae.b_dec, atol=1e-4)
+    assert (sae.encode(x[:1])[0] > 0).sum() == (naive[0] > 0).sum(), "a token's code does not depend on its neighbours"
+    sae.save(tmp_path); again = SAE.load(tmp_path)
+    assert torch.equal(again.threshold_H, sae.threshold_H) and again.config == sae.config
+    again.rescale_(4.0)
+    assert torch.equal(again(4 * x).x_BD, 4 * sae(x).x_BD)
+
+
+def test_threshold_above_everything_keeps_nothing():
+    sae, x = to_threshold(make(), 1e9), torch.randn(5, 12)
+    values, indices = sae.encode(x)
+    assert values.shape == (5, 1) and not values.any() and torch.equal(sae(x).x_BD, sae.b_dec.expand(5, 12))
+
+
+def test_prefixes_order_the_dictionary():
+    torch.manual_seed(0)
+    sae, generator = SAE(SAEConfig(32, 256, 8, tied=False, prefixes=(32,))), torch.Generator().manual_seed(0)
+    plain = SAE(SAEConfig(32, 256, 8, tied=False)); plain.load_state_dict(sae.state_dict())
+    for model in (sae, plain):
+        adam = torch.optim.Adam(model.parameters(), lr=3e-3, fused=True)
+        for _ in range(60):
+            adam.zero_grad(); sae_losses(model, planted(512, generator)).total.backward(); model.project_gradient_(); adam.step(); model.normalise_()
+    x = planted(512, generator)
+    def fvu_of_the_first_32(model):
+        out = model(x)
+        return reconstruction_losses(x, model.decode(out.values_BK * (out.indices_BK < 32), out.indices_BK))[1].item()
+    assert fvu_of_the_first_32(sae) < 0.9 * fvu_of_the_first_32(plain)
+
+
+def test_a_folder_written_before_the_variants_still_loads(tmp_path):
+    sae = make(); sae.save(tmp_path); edit(tmp_path, activation=None, prefixes=None)
+    assert SAE.load(tmp_path).config == sae.config
+    make(prefixes=(8, 20)).save(tmp_path)
+    assert SAE.load(tmp_path).config.prefixes == (8, 20)
 
 
 def test_rescale_changes_units_exactly():
@@ -170,6 +277,10 @@ BAD = {
     "has an unknown field 'colour'": lambda f: edit(f, colour=1),
     "field 'd_model' of": lambda f: edit(f, d_model="12"),
     "k must lie between 1 and n_latents": lambda f: edit(f, k=49),
+    "is unknown; choose one of": lambda f: edit(f, activation="gelu"),
+    "must be whole numbers that rise": lambda f: edit(f, prefixes=[20, 8]),
+    "from at least 1 to below n_latents": lambda f: edit(f, prefixes=[8, 48]),
+    "field 'prefixes' of": lambda f: edit(f, prefixes=8),
     "a width of at least 1": lambda f: edit(f, d_model=0),
     "has no sae.safetensors": lambda f: (f / "sae.safetensors").unlink(),
     "is damaged or truncated": lambda f: (f / "sae.safetensors").write_bytes((f / "sae.safetensors").read_bytes()[:-8]),
