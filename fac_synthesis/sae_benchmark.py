@@ -140,7 +140,7 @@ def peak_mb(step: Callable, device: str) -> float:
         return resident_mb("VmHWM") - before
     except (OSError, AttributeError): return float("nan")
 
-# %% ../nbs/13_sae_benchmark.ipynb #3cef6694
+# %% ../nbs/13_sae_benchmark.ipynb #b6f28257
 def prepare(case: Case, names: list[str], x_BD: Tensor) -> tuple[dict[str, Callable], dict[str, str]]:
     """Steps that have run once, and why the others cannot run here."""
     steps, notes = {}, {}
@@ -162,6 +162,7 @@ def measure(case: Case, names: list[str], rounds: int) -> pd.DataFrame:
         times = [dict(implementation=name, round=r, ms=milliseconds(step, case.device)) for r in range(rounds) for name, step in steps.items()]
         peaks = {name: peak_mb(step, case.device) for name, step in steps.items()}
         rows += [dict(row, peak_mb=peaks[row["implementation"]], note="") for row in times] + [dict(implementation=name, round=0, note=note) for name, note in notes.items()]
+        steps.clear()  # frees a GPU for the next one
     return pd.DataFrame(rows, columns=["implementation", "round", "ms", "peak_mb", "note"]).assign(k=case.k, tokens=case.tokens)
 
 # %% ../nbs/13_sae_benchmark.ipynb #a950c384
