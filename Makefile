@@ -10,6 +10,7 @@ define STAGES
 05_tasks:
 10_sae:
 11_sae_pretraining:          02 03
+12_sae_checkpoints:          02 03 11
 13_sae_benchmark:
 20_feature_activations:      02 03 11
 21_feature_interpretation:   02 03 20
