@@ -107,13 +107,14 @@ def pad(tokens: list[Tokens], pad_id: int, device) -> tuple[dict, torch.Tensor]:
         ids_BT[row, :len(t.ids)] = torch.tensor(t.ids); mask_BT[row, :len(t.ids)] = 1; keep_BT[row, t.first:t.last] = True
     return dict(input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device)), keep_BT.to(device)
 
-# %% ../nbs/03_backbone.ipynb #b26226cd
+# %% ../nbs/03_backbone.ipynb #90fbd39e
 class Residuals(NamedTuple):
-    "Residual stream of one batch, flat over the user's tokens."
+    "Residual stream of one batch, flat over the user's tokens, or over all tokens but the padding."
     x_ND: torch.Tensor  # float32
     text_N: torch.Tensor  # index of the text each token belongs to
     position_N: torch.Tensor  # position within the user's text, from 0
     token_N: torch.Tensor  # token id
+    user_N: torch.Tensor  # true where the token is the user's own
 
 class Backbone:
     "A causal language model, its tokenizer and its hook layer (1-based)."
@@ -126,41 +127,54 @@ class Backbone:
     def characters(self, text: str) -> list[tuple[int, int]]:
         "Where in the stripped text each of the user's tokens stands: position p of `Residuals` is entry p."
         return tokenize(self.tokenizer, [text], self.max_length)[0].characters
-    def residuals(self, texts: list[str], batch_tokens: int = 8192): return _residuals(self, texts, batch_tokens)
-    def token_losses(self, texts: list[str], edit=None, batch_tokens: int = 8192) -> float: return _token_losses(self, texts, edit, batch_tokens)
+    def residuals(self, texts: list[str], batch_tokens: int = 8192, special: bool = False): return _residuals(self, texts, batch_tokens, special)
+    def edited_losses(self, texts: list[str], edits: dict, batch_tokens: int = 8192, special: bool = False) -> dict: return _edited_losses(self, texts, edits, batch_tokens, special)
+    def token_losses(self, texts: list[str], edit=None, batch_tokens: int = 8192) -> float: return self.edited_losses(texts, {"": edit}, batch_tokens)[""][0]
     def save(self, folder): return _save_backbone(self, Path(folder))
     @classmethod
     def load(cls, folder): return _load_backbone(Path(folder))
 
-# %% ../nbs/03_backbone.ipynb #33948f7b
+# %% ../nbs/03_backbone.ipynb #4c6c9f5b
 @torch.no_grad()
-def _residuals(backbone: Backbone, texts: list[str], batch_tokens: int):
+def _residuals(backbone: Backbone, texts: list[str], batch_tokens: int, special: bool):
     "Yields Residuals, batch by batch, texts grouped by length; every token of every text exactly once."
     tokens = tokenize(backbone.tokenizer, texts, backbone.max_length)
     for batch in length_batches([len(t.ids) for t in tokens], batch_tokens):
-        inputs, keep_BT = pad([tokens[i] for i in batch], backbone.tokenizer.pad_token_id or 0, backbone.device)
+        inputs, user_BT = pad([tokens[i] for i in batch], backbone.tokenizer.pad_token_id or 0, backbone.device)
+        keep_BT = inputs["attention_mask"].bool() if special else user_BT
         x_BTD = residual_stream(backbone.model, backbone.layer, **inputs)
         row_N, column_N = keep_BT.nonzero(as_tuple=True)
         first_B = torch.tensor([tokens[i].first for i in batch], device=row_N.device)
-        yield Residuals(x_BTD[keep_BT].float(), torch.tensor(batch, device=row_N.device)[row_N], column_N - first_B[row_N], inputs["input_ids"][keep_BT])
+        yield Residuals(x_BTD[keep_BT].float(), torch.tensor(batch, device=row_N.device)[row_N], column_N - first_B[row_N], inputs["input_ids"][keep_BT], user_BT[keep_BT])
 
-# %% ../nbs/03_backbone.ipynb #84564f56
+# %% ../nbs/03_backbone.ipynb #05d12a6d
+def _logits(backbone: Backbone, inputs: dict, keep_BT: torch.Tensor, edit) -> torch.Tensor:
+    "Predictions of the kept tokens but the first of each row, (N, V), with the kept rows of the hook layer put through `edit`."
+    def hook(module, args, output):
+        x_BTD = hidden_of(output).clone()
+        x_BTD[keep_BT] = edit(x_BTD[keep_BT].float()).to(x_BTD.dtype)
+        return (x_BTD, *output[1:]) if isinstance(output, tuple) else x_BTD
+    with contextlib.ExitStack() as stack:
+        if edit: stack.callback(decoder_layers(backbone.model)[backbone.layer - 1].register_forward_hook(hook).remove)
+        return backbone.model(**inputs, use_cache=False).logits[:, :-1][keep_BT[:, 1:]]
+
 @torch.no_grad()
-def _token_losses(backbone: Backbone, texts: list[str], edit, batch_tokens: int) -> float:
-    "Mean next-token cross-entropy (nats) over the user's tokens; `edit` maps x_ND at the hook layer to what replaces it."
-    tokens, total, count = tokenize(backbone.tokenizer, texts, backbone.max_length), 0.0, 0
+def _edited_losses(backbone: Backbone, texts: list[str], edits: dict, batch_tokens: int, special: bool) -> dict[str, tuple[float, float]]:
+    "name -> mean next-token cross-entropy and mean KL(first edit of the dict || this one), nats per token; an edit maps x_ND at the hook layer to what replaces it, None leaves it."
+    tokens, count, sums = tokenize(backbone.tokenizer, texts, backbone.max_length), 0, {name: [0.0, 0.0] for name in edits}
     for batch in length_batches([len(t.ids) for t in tokens], batch_tokens):
         inputs, keep_BT = pad([tokens[i] for i in batch], backbone.tokenizer.pad_token_id or 0, backbone.device)
-        def hook(module, args, output):
-            x_BTD = hidden_of(output).clone()
-            x_BTD[keep_BT] = edit(x_BTD[keep_BT].float()).to(x_BTD.dtype)
-            return (x_BTD, *output[1:]) if isinstance(output, tuple) else x_BTD
-        with contextlib.ExitStack() as stack:
-            if edit: stack.callback(decoder_layers(backbone.model)[backbone.layer - 1].register_forward_hook(hook).remove)
-            logits_BTV = backbone.model(**inputs, use_cache=False).logits[:, :-1].float()
-        target_BT, wanted_BT = inputs["input_ids"][:, 1:], keep_BT[:, 1:]
-        total += torch.nn.functional.cross_entropy(logits_BTV[wanted_BT], target_BT[wanted_BT], reduction="sum").item(); count += int(wanted_BT.sum())
-    return total / max(count, 1)
+        if special: keep_BT = inputs["attention_mask"].bool()
+        target_N, first_NV = inputs["input_ids"][:, 1:][keep_BT[:, 1:]], None
+        count += len(target_N)
+        for name, edit in edits.items():
+            logits_NV = _logits(backbone, inputs, keep_BT, edit)
+            if first_NV is None: first_NV = logits_NV
+            for target, first, logits in zip(target_N.split(1024), first_NV.split(1024), logits_NV.split(1024)):  # a vocabulary of 128,000 in float32 is large
+                log_p, log_q = first.float().log_softmax(-1), logits.float().log_softmax(-1)
+                sums[name][0] += torch.nn.functional.nll_loss(log_q, target, reduction="sum").item()
+                sums[name][1] += torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
+    return {name: (ce / max(count, 1), kl / max(count, 1)) for name, (ce, kl) in sums.items()}
 
 # %% ../nbs/03_backbone.ipynb #ed92ff84
 def pick_device(device: str) -> str:

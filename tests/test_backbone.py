@@ -5,7 +5,7 @@ import numpy as np, pytest, torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from fac_synthesis import backbone as B
-from fac_synthesis.backbone import Backbone, open_backbone, residual_stream, tiny_model, tokenize, train_language_model, word_tokenizer
+from fac_synthesis.backbone import Backbone, decoder_layers, open_backbone, residual_stream, tiny_model, tokenize, train_language_model, word_tokenizer
 
 REAL = Path(os.environ["FAC_DATA_DIR"]).parent / "models" / "real-lm" if "FAC_DATA_DIR" in os.environ else None
 ARCHITECTURES = ["llama", "mistral", "qwen2", "gpt2", "gpt_neox", "phi"]
@@ -90,6 +90,25 @@ def test_token_losses_are_the_models_cross_entropy(backbone, texts):
         with torch.no_grad(): logits = backbone.model(torch.tensor([t.ids])).logits[0].log_softmax(-1)
         for p in range(t.first, t.last): total -= logits[p - 1, t.ids[p]].item(); count += 1
     assert backbone.token_losses(texts, batch_tokens=30) == pytest.approx(total / count, abs=1e-5)
+
+
+def test_edited_losses_are_the_models_cross_entropy_and_divergence_over_all_tokens(backbone, texts):
+    edit, sums, count = lambda x_ND: 0.3 * x_ND, np.zeros(3), 0
+    for text in texts:
+        ids = torch.tensor([tokenize(backbone.tokenizer, [text], 256)[0].ids])
+        log_p = backbone.model(ids).logits[0].detach().log_softmax(-1)
+        handle = decoder_layers(backbone.model)[backbone.layer - 1].register_forward_hook(lambda m, a, out: (edit(out[0]), *out[1:]) if isinstance(out, tuple) else edit(out))
+        log_q = backbone.model(ids).logits[0].detach().log_softmax(-1)
+        handle.remove()
+        for p in range(len(ids[0]) - 1): sums += [-log_p[p, ids[0, p + 1]].item(), -log_q[p, ids[0, p + 1]].item(), (log_p[p].exp() * (log_p[p] - log_q[p])).sum().item()]; count += 1
+    got = backbone.edited_losses(texts, dict(original=None, edited=edit), batch_tokens=30, special=True)
+    assert [got["original"][0], *got["edited"]] == pytest.approx((sums / count).tolist(), abs=1e-4) and got["original"][1] == 0 < got["edited"][1]
+
+
+def test_special_residuals_hold_the_template_too(backbone, texts):
+    (every,), (user,) = (list(backbone.residuals(texts, special=special)) for special in (True, False))
+    assert len(every.x_ND) == sum(len(t.ids) for t in tokenize(backbone.tokenizer, texts, 256))
+    assert torch.equal(every.x_ND[every.user_N], user.x_ND) and torch.equal(every.position_N[every.user_N], user.position_N) and user.user_N.all()
 
 
 def test_batches_hold_every_text_once_and_stay_within_the_budget():
