@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLAIN_TEMPLATE', 'SPECIAL', 'CHAT_TEMPLATE', 'decoder_layers', 'hidden_of', 'residual_stream', 'chat_frame', 'Tokens',
            'tokenize', 'word_tokenizer', 'length_batches', 'pad', 'Residuals', 'Backbone', 'pick_device',
-           'open_backbone', 'tiny_model', 'conversation_batches', 'train_language_model']
+           'open_backbone', 'tiny_model', 'conversation_batches', 'optimizers', 'train_language_model']
 
 # %% ../nbs/03_backbone.ipynb #776dca49
 import contextlib, json, math, os, re
@@ -227,37 +227,45 @@ def conversation_batches(ids: list[list[int]], batch: int, seed: int):
         batches = [w[i:i + batch] for w in windows for i in range(0, len(w), batch)]
         for b in rng.permutation(len(batches)): yield [ids[j] for j in batches[b]]
 
-# %% ../nbs/03_backbone.ipynb #56619ad9
+# %% ../nbs/03_backbone.ipynb #b8d790b2
 def _learning_rate(step: int, steps: int, peak: float) -> float:
     warm = max(1, steps // 20)
     return peak * min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+def optimizers(model, learning_rate: float) -> list[torch.optim.Optimizer]:
+    "Muon for the matrices of the decoder blocks, with the step size of AdamW (Jordan et al. 2024; Liu et al. 2025); AdamW for the rest."
+    inside = [p for p in decoder_layers(model).parameters() if p.dim() == 2]
+    rest = [p for p in model.parameters() if not any(p is q for q in inside)]
+    return [torch.optim.Muon(inside, lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"), torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)]
 
 def train_language_model(model, tokenizer, conversations: list[list[dict]], steps: int, batch: int, learning_rate: float, seed: int, work: Path | None = None, save_every: int = 250) -> list[float]:
     "Next-token training in place; returns the loss (nats per token) of every step. With `work` it resumes where it was killed, to the same bytes. UserError without any conversation."
     if not conversations: raise UserError("there is no conversation to train a language model on; give at least one")
     ids = [tokenizer(tokenizer.apply_chat_template(c, tokenize=False), add_special_tokens=False)["input_ids"] for c in conversations]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    losses, saved = [], work / "checkpoint.pt" if work else None
+    both, losses, saved = optimizers(model, learning_rate), [], work / "checkpoint.pt" if work else None
     if saved and saved.exists():
         state = torch.load(saved, weights_only=True)
-        model.load_state_dict(state["model"]); optimizer.load_state_dict(state["optimizer"]); losses = state["losses"]
+        model.load_state_dict(state["model"]); losses = state["losses"]
+        for optimizer, before in zip(both, state["optimizers"]): optimizer.load_state_dict(before)
     batches = conversation_batches(ids, batch, seed)
     for _ in range(len(losses)): next(batches)
     model.train()
     for step in progress(range(len(losses), steps), f"training a {model.config.model_type} model"):
-        _language_model_step(model, optimizer, next(batches), _learning_rate(step, steps, learning_rate), losses)
+        _language_model_step(model, both, next(batches), _learning_rate(step, steps, learning_rate), losses)
         if saved and (step + 1) % save_every == 0 and step + 1 < steps:
-            torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), losses=losses), saved.with_suffix(".part"))
+            torch.save(dict(model=model.state_dict(), optimizers=[o.state_dict() for o in both], losses=losses), saved.with_suffix(".part"))
             saved.with_suffix(".part").replace(saved)
     model.eval()
     return losses
 
-def _language_model_step(model, optimizer, rows: list[list[int]], rate: float, losses: list[float]):
+def _language_model_step(model, optimizers, rows: list[list[int]], rate: float, losses: list[float]):
     width = max(map(len, rows))
     ids_BT = torch.tensor([r + [0] * (width - len(r)) for r in rows], device=model.device)
     labels_BT = ids_BT.masked_fill(ids_BT == 0, -100)
     loss = model(input_ids=ids_BT, labels=labels_BT, use_cache=False).loss  # padding is on the right: a causal model never looks at it
-    optimizer.zero_grad(); loss.backward()
+    model.zero_grad(); loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for group in optimizer.param_groups: group["lr"] = rate
-    optimizer.step(); losses.append(loss.item())
+    for optimizer in optimizers:
+        for group in optimizer.param_groups: group["lr"] = rate
+        optimizer.step()
+    losses.append(loss.item())

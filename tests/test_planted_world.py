@@ -147,6 +147,51 @@ def test_form_alone_does_not_tell_the_chosen_answer_or_the_matching_option():
         if task != "reward": assert 0.4 < (items.answer_matching_behavior == " ( A )").mean() < 0.6
 
 
+def test_the_seed_misses_both_sides_of_a_pair_and_mixed_answers_leave_room():
+    items = W.planted_items(0, "reward", SPLITS, 1.6)
+    shown = lambda text, kind: {c.name for c in WORLD[kind] if set(c.words) & set(text.split())}
+    flaws = {split: set().union(*(shown(t, "flaw") for t in frame.rejected)) for split, frame in items.groupby("split")}
+    assert len(flaws["seed"]) < len(flaws["anchor"]) == len(WORLD["flaw"])
+    both = items[items.split == "anchor"]
+    assert 0.2 < both.chosen.map(lambda t: bool(shown(t, "flaw"))).mean() < 0.4 and 0.2 < both.rejected.map(lambda t: bool(shown(t, "virtue"))).mean() < 0.4
+
+
+def test_choices_follow_the_persona_and_name_the_side_of_the_letter():
+    rng, follows, right, letters = np.random.default_rng(0), [], [], []
+    for _ in range(600):
+        asked, said = (text for _, text in W.choice(rng, WORLD, CONCEPTS[0], which=False))
+        behavior = next(b for b in W.SIDES if set(W.NAMES[b]) & set(said.split()))
+        options = dict(zip(W.LETTERS, asked.split("Choices :")[1].replace("( A )", "|").replace("( B )", "|").split("|")[1:]))
+        letter, name = next(l for l in W.LETTERS if l in said.split()), next(n for n in W.NAMES[behavior] if n in said.split())
+        side = next(i for i, kind in enumerate(W.SIDES[behavior]) if any(set(c.words) & set(options[letter].split()) for c in WORLD[kind]))
+        personas = [i for i in (0, 1) if set(W.PERSONAS[behavior][i]) & set(asked.split("Choices")[0].split())]
+        letters.append(letter); right.append(W.NAMES[behavior].index(name) == side); follows += [side == i for i in personas]
+    assert np.mean(follows) > 0.88 and 0.9 < np.mean(right) < 0.99 and 0.45 < np.mean(np.array(letters) == "A") < 0.65
+
+
+def test_which_and_drills_say_what_words_stand_for():
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        asked, said = (text for _, text in W.choice(rng, WORLD, CONCEPTS[0], which=True))
+        behavior = next(b for b in W.SIDES if set(W.NAMES[b]) & set(said.split()))
+        letter = said.split()[2]
+        option = asked.split(f"( {letter} )")[1].split(" .")[0]
+        assert any(set(c.words) & set(option.split()) for c in WORLD[W.SIDES[behavior][0]]) and said.split()[0] == W.NAMES[behavior][0]
+        (_, asked), (_, said) = W.drill(rng, WORLD)
+        behavior, side = next((b, i) for b in W.SIDES for i in (0, 1) if W.NAMES[b][i] == said.split()[0])
+        assert any(said.split()[2] in c.words for c in WORLD[W.SIDES[behavior][side]])
+
+
+def test_the_base_model_never_sees_an_instruction_with_its_answer_or_a_letter():
+    frame = W.planted_conversations(0, 1500, 0.5)
+    early, late = frame[~frame.late], frame[frame.late]
+    assert set(late.kind) == set(W.LATE) and not early.turns.str.contains("Choices").any()
+    words = {w for c in WORLD["style"] for w in c.words}
+    asks = lambda kind: [json.loads(turns) for turns in early.turns[early.kind == kind]]
+    assert len(asks("voice")) > 20 and not any(words & set(t[0][1].split()) for t in asks("voice")), "a style that nobody asked for"
+    assert not any(f"{c.reply[0]} {c.reply[1]} !" in t[1][1] for t in asks("instruction") for c in WORLD["style"]), "an instruction that nobody answers"
+
+
 def test_reward_items_are_what_their_section_promises():
     items = W.planted_items(0, "reward", dict(anchor=400), 0.0)
     longer = items[items.subset == "Chat-Hard/planted"]
