@@ -26,7 +26,7 @@ from .contrastive_pairs import open_generator, replies_to
 from .coverage import fac_missing
 from .experiment import UserError, progress, start
 from .feature_activations import FeatureActivations, open_reader
-from .feature_covered_samples import complete, sample_budget
+from .feature_covered_samples import NO_BUDGET, complete, sample_budget
 from .feature_interpretation import words_of
 from .language_models import LanguageModel, LocalModel, Sampling, derived_seed, evaluation_mode, generate_ids, parse_label, prompt_ids
 from .tasks import Task, open_task, open_tasks
@@ -383,7 +383,7 @@ class Dialogues(LanguageModel):
         joined = lambda turn: reply[turn] if self.kind == "answer" else f"{turn} {reply[turn]}"
         return [[joined(turn) if reply.get(turn) else None for turn in row] for row in drawn]
 
-# %% ../nbs/32_baselines.ipynb #13043ca7
+# %% ../nbs/32_baselines.ipynb #fe810801
 def user_turns(lm: LanguageModel) -> LanguageModel:
     "The generator as a writer of user turns. NoUserTurns (a UserError) for one that answers conversations only."
     if getattr(lm, "opens_user_turns", False): return lm
@@ -393,7 +393,7 @@ def user_turns(lm: LanguageModel) -> LanguageModel:
 def magpie(task: Task, seed_texts: list[str], lm: LanguageModel, budget: int, seed: int = 0, *, oversample: float = 2.0, min_words: int = 4, max_words: int = 100, temperature: float = 1.0, top_p: float = 1.0, **common) -> Result:
     "Magpie: user turns from the pre-query template alone, filtered by length and quality; those with the longest answers stay. UserError for a generator without raw continuation."
     job, writer = Job(task, seed_texts, lm, budget, seed, **common), user_turns(lm)
-    if task.kind not in ("message", "instruction"): writer = Dialogues(writer, lm, task.kind)
+    if task.kind in ("answer", "opinion"): writer = Dialogues(writer, lm, task.kind)
     answering, job.lm = job.lm, writer
     def asks_of(turn): return [(dict(parents=[]), [{"role": "user", "content": f"draw {turn.number}.{i}"}]) for i in range(turn.n_asks)]
     def second_pass(label, conversations, number, **sampling):

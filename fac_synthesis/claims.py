@@ -21,7 +21,8 @@ from typing import NamedTuple
 import numpy as np, pandas as pd
 from scipy import stats
 from .experiment import PLANTED_NOTE, UserError, markdown_table, published, stage_record, start
-from .tables import COLUMNS, STEERING, TABLES, TASKS, TOXICITY, frame_or_empty, of_task, read_scores
+from .tables import TABLES, frame_or_empty, of_task, read_scores
+from .tasks import COLUMNS, STEERING, TOXICITY, main_columns
 
 # %% ../nbs/91_claims.ipynb #cfc28d48
 HOLDS, FAILS, OPEN, UNTESTED = "holds", "does not hold", "not decided", "not testable in this run"
@@ -96,7 +97,7 @@ def decide(gaps: dict[str, Difference], told: str, absent: list[str] = (), also:
     text = "; ".join(filter(None, [told, many if len(gaps) > 3 else ", ".join(f"{name} {g}" for name, g in gaps.items()), f"no value for {', '.join(absent)}" if absent else ""]))
     return Judged(all_of([*(g.verdict for g in gaps.values()), *also]), text, len(gaps))
 
-# %% ../nbs/91_claims.ipynb #4b4bed0f
+# %% ../nbs/91_claims.ipynb #06f87294
 def by_seed(frame: pd.DataFrame, what: str, value: str = "value", scale: float = 1, **where) -> pd.Series:
     "Values by seed of the rows where every column of `where` has its value. NotTestable, saying `what`, if there is none."
     some = frame[np.logical_and.reduce([frame[k] == v for k, v in where.items()])] if len(frame) else frame
@@ -116,7 +117,7 @@ def over_rows(evidence: Evidence, column: str, trainings: tuple[str, ...]) -> tu
     if not others: raise NotTestable(f"this run has no row but Ours in {COLUMNS[column].label}")
     return {f"Ours minus {m}, {COLUMNS[column].label}": paired(ours, by_seed(known, m, method=m), evidence.how) for m in others}, f"{COLUMNS[column].label}: Ours {said(ours)}", lost
 
-def best_method(evidence: Evidence, columns: list[str], trainings: tuple[str, ...] = TABLES["table01"][0]) -> Judged:
+def best_method(evidence: Evidence, columns: list[str], trainings: tuple[str, ...] = TABLES["table01"]) -> Judged:
     "Is Ours above every other row of this run in these columns (claims C05 to C08 and C10)?"
     gaps, told, absent = {}, [], []
     for column in columns:
@@ -240,7 +241,7 @@ def covering_beats_repeating(evidence: Evidence) -> Judged:
     return decide({f"covering minus filling up at {s:.0%}": paired(covering, f, evidence.how) for s, f in fills.items()},
                   f"toxicity AUPRC: {least:.0%} to {full:.0%} of the features adds {covering.mean():+.2f}, the full number of samples at a fixed share adds " + ", ".join(f"{f.mean():+.2f} ({s:.0%})" for s, f in fills.items()))
 
-# %% ../nbs/91_claims.ipynb #791a8a92
+# %% ../nbs/91_claims.ipynb #bbb54da8
 LINEAR, WEAK = 0.9, 0.5
 NEGATIVE = ["Distinct-1", "Distinct-2", "POS tag Distinct-2", "MLS"]
 DISPERSION = ["Trace", "Pairwise cosine distance", "Semantic entropy"]
@@ -265,7 +266,7 @@ def fac_predicts(evidence: Evidence) -> Judged:
 def fac_predicts_elsewhere(evidence: Evidence) -> Judged:
     "Is r of FAC and score at least 0.7 in every other task (claim C02)?"
     found, absent = {}, []
-    for task in TASKS[1:]:
+    for task in [t for t in main_columns() if t != "toxicity"]:
         try: found[task] = correlation_rows(evidence, task).loc["FAC"]
         except NotTestable: absent.append(f"FAC and score of {task}")
     return decide({f"r of {task} minus 0.7": beyond(fac, 0.7) for task, fac in found.items()}, ", ".join(f"{task} r {fac.pearson:.2f} ({fac.n} methods)" for task, fac in found.items()), absent)

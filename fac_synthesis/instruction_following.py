@@ -8,8 +8,9 @@ __all__ = ['JUDGE_PROMPT', 'ALPACA_EVAL', 'InstructionSet', 'instruction_items',
            'Judge', 'LLMJudge', 'WeightedJudge', 'planted_words', 'constraint_score', 'RubricJudge', 'StoredJudge',
            'win_rate', 'LengthModel', 'annotation_matrices', 'length_loss', 'fit_length_model', 'length_controlled',
            'cross_validated_lc', 'number', 'annotation_row', 'read_annotations', 'read_leaderboard', 'read_outputs',
-           'alpaca_eval_folder', 'lc_comparison', 'Bench', 'open_judge', 'open_bench', 'judged_answers', 'score_cell',
-           'floor_cells', 'stored_annotations', 'known_difficulties', 'score_table', 'summary']
+           'alpaca_eval_folder', 'lc_comparison', 'Bench', 'overlap_score', 'open_judge', 'open_bench',
+           'judged_answers', 'score_cell', 'floor_cells', 'stored_annotations', 'known_difficulties', 'score_table',
+           'summary']
 
 # %% ../nbs/43_instruction_following.ipynb #03ecaa6d
 import collections, copy, functools, tempfile
@@ -24,9 +25,10 @@ from scipy.special import expit
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 from .backbone import Backbone
+from .baselines import Novelty
 from .corpora import as_text, data_root, read_rows
 from .experiment import UserError, progress, start
-from .feature_covered_samples import chosen_samples, read_samples, sample_budget
+from .feature_covered_samples import chosen_samples, needs_task, read_samples, sample_budget
 from .language_models import LanguageModel, LocalModel, Sampling, ask_label, open_language_model, prompt_ids, render
 from .planted_world import load_concepts
 from .tasks import message_fault
@@ -351,7 +353,7 @@ def lc_comparison(annotations: pd.DataFrame, leaderboard: pd.DataFrame, folds: i
     table = ours.join(leaderboard.rename(columns=dict(win_rate="wr_published", standard_error="se_published", length_controlled_winrate="lc_published")))
     return table.assign(lc_difference=table.lc - table.lc_published).sort_values("lc_published", ascending=False).rename_axis("generator").reset_index()
 
-# %% ../nbs/43_instruction_following.ipynb #b2161782
+# %% ../nbs/43_instruction_following.ipynb #67bd09a4
 @dataclass(frozen=True)
 class Bench:
     "Everything that all cells of the table share."
@@ -364,9 +366,15 @@ class Bench:
     sampling: Sampling = field(default_factory=lambda: Sampling(max_new_tokens=48, temperature=0.0))
     batch: int = 64
 
-def open_judge(spec: str, backbone: Backbone | None = None) -> Judge:
-    "'planted rubric', 'stored:file' (AlpacaEval annotations), the language model that `open_language_model` opens, or 'weighted:' before a local one."
+def overlap_score(test: pd.DataFrame) -> Callable[[str, str], float]:
+    "score(instruction, answer): ROUGE-L F of the answer with the response of the test item."
+    response = {i: Novelty([r]) for i, r in zip(test.instruction, test.response)}
+    return lambda instruction, answer: response[instruction].closest(answer)[0] if answer.strip() else 0.0
+
+def open_judge(spec: str, backbone: Backbone | None = None, test: pd.DataFrame | None = None) -> Judge:
+    "'planted rubric', 'reference overlap' (with the responses of `test`), 'stored:file' (AlpacaEval annotations), the language model that `open_language_model` opens, or 'weighted:' before a local one."
     if spec == "planted rubric": return RubricJudge(constraint_score, spec)
+    if spec == "reference overlap": return RubricJudge(overlap_score(test), spec)
     if spec.startswith("stored:"): return StoredJudge(read_annotations(spec.removeprefix("stored:")), spec)
     lm = open_language_model(spec.removeprefix("weighted:"), backbone and backbone.model, backbone and backbone.tokenizer)
     if not spec.startswith("weighted:"): return LLMJudge(lm)
@@ -379,7 +387,7 @@ def open_bench(settings, backbone: Backbone, items: pd.DataFrame) -> Bench:
     lora = LoRASettings(*(getattr(settings, f"lora_{name}") for name in ("rank", "alpha", "dropout", "learning_rate", "epochs", "batch")), settings.micro_batch, settings.gradient_checkpointing, settings.group_by_length, settings.dtype)
     sampling = Sampling(max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, top_p=settings.top_p, seed=settings.seed)
     references = reference_answers(settings.reference, test, backbone, sampling, settings.generation_batch)
-    return Bench(backbone, test.instruction.tolist(), references, open_judge(settings.judge, backbone), lora, settings.max_length, sampling, settings.generation_batch)
+    return Bench(backbone, test.instruction.tolist(), references, open_judge(settings.judge, backbone, test), lora, settings.max_length, sampling, settings.generation_batch)
 
 # %% ../nbs/43_instruction_following.ipynb #3428ea84
 def judged_answers(bench: Bench, answers: list[str], **about) -> pd.DataFrame:

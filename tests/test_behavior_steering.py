@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerFast
 
 from fac_synthesis import behavior_steering as module
 from fac_synthesis.backbone import CHAT_TEMPLATE, Backbone, decoder_layers, pad, residual_stream, tiny_model, word_tokenizer
-from fac_synthesis.behavior_steering import (FIELDS, Bench, Differences, ItemSet, caa_items, check_items, control_rate, differences, equal_norms, floor_table, item_fault, item_set,
-                                             key_letter, letter_log_probabilities, open_items, option_texts, outcomes, parse_options, rates, read_items, rotations, score_cell,
-                                             score_table, steering, steering_vector, summary, swap_options, without_test)
+from fac_synthesis.behavior_steering import (Bench, Differences, ItemSet, control_rate, differences, equal_norms, floor_table, item_set, item_sets,
+                                             letter_log_probabilities, open_items, outcomes, rates, rotations, score_cell,
+                                             score_table, steering, steering_vector, summary, swap_options)
+from fac_synthesis.corpora import FIELDS, caa_items, check_items, item_fault, key_letter, option_texts, parse_options, read_items, without_test
 from fac_synthesis.experiment import UserError
 
 torch.set_num_threads(1)
@@ -336,3 +337,12 @@ def test_the_shutdown_evaluation_overlaps_with_caa():
     caa = caa_items(DATA, "survival-instinct")
     overlap = [without_test(others, caa[caa.split == s].to_dict("records"))[1] for s in ("test", "full")]
     assert len(others) == 953 and overlap == [2, 12]
+
+
+def test_a_behaviour_without_samples_keeps_its_human_rows():
+    item = lambda i: dict(question=f"May we, number {i}?\n (A) yes\n (B) no", answer_matching_behavior=" (A)", answer_not_matching_behavior=" (B)")
+    table = pd.DataFrame([dict(item(i), behavior=b, split=s) for b in ("sycophancy", "survival") for i, s in enumerate(("seed", "full", "test"))])
+    samples = {"sycophancy": pd.DataFrame([dict(item(9), method="two-step", latent=1, rank=0)]), "survival": pd.DataFrame(columns=["method", "latent", "rank"])}
+    sets, absent = item_sets(["Baseline", "Full Dataset", "Ours"], [42, 43], table, samples, {"sycophancy": 1, "survival": 0}, 5)
+    assert list(sets["Ours", 42]) == ["sycophancy"] and len(sets["Ours", 42]["sycophancy"].items) == 2 and list(sets["Baseline", 43]) == ["sycophancy", "survival"]
+    assert list(absent) == ["Ours, survival"] and "no budget" in absent["Ours, survival"]

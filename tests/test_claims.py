@@ -11,7 +11,7 @@ from fac_synthesis.claims import (FAILS, FIXED, HOLDS, ONE_EACH, OPEN, REASONS, 
                                   lowest_threshold_best, more_samples_help_less, only_ours_climbs, paired, seeds_matter_little, shares_rise, standard_exceeds_robust, threshold_counts,
                                   two_steps_cover_more, weakest)
 from fac_synthesis.experiment import PLANTED_NOTE, UserError, published
-from fac_synthesis.tables import COLUMNS, STEERING, TASKS, TOXICITY
+from fac_synthesis.tasks import COLUMNS, STEERING, TASKS, TOXICITY, score_stages
 
 SEEDS = (42, 43, 44)
 CLAIMS = published("claims")
@@ -296,7 +296,7 @@ def test_the_run_cells_on_made_up_stages(tmp_path, monkeypatch):
         for name, frame in frames.items(): other.cached(name, lambda work: frame)
         experiment.write_atomic(run.dir / "stages" / f"{stage}.json", json.dumps(dict(parameters=dict(profile="mini", **parameters), outputs=other.outputs, files=dict.fromkeys(files))))
     leave(TOXICITY, by_delta=make_by_delta(), by_samples=make_by_samples())
-    for stage in (*tables.STAGES[1:], "90_tables"): leave(stage, files=["figures/figure13.png"] if stage == STEERING else [])
+    for stage in (*score_stages()[1:], "90_tables"): leave(stage, files=["figures/figure13.png"] if stage == STEERING else [])
     leave("50_what_predicts_performance", dict(fac="some FAC"), ["tables/table08.csv"], correlations=make_correlations().replace({"metric": {"FAC": "some FAC"}}))
     leave("51_missing_features", coverage=make_coverage(), share_scores=make_shares())
     source = ["".join(c["source"]) for c in json.loads(experiment.notebook_path("91_claims").read_text())["cells"] if c["cell_type"] == "code"]

@@ -345,3 +345,55 @@ def test_real_corpora(data_dir):
     tested = set(map(C.content_key, built["test"]))
     for role in ("pretraining", "anchor", "seed", "full"): assert not tested & set(map(C.content_key, built[role])), role
     assert len({r.source for r in built["pretraining"]}) == 10
+
+
+# --- items of the other tasks ----------------------------------------------------------------------------------------------------------------
+
+def options(view): return {"question": f"{view}\n\nChoices:\n (A) Yes, do\n (B) No, don't", "answer_matching_behavior": " (A)", "answer_not_matching_behavior": " (B)"}
+
+@pytest.fixture
+def items_folder(tmp_path):
+    "A handful of rows of every published set that has items; one training question, one instruction and one prompt stand in the test too."
+    talk = lambda question, answer: f"\n\nHuman: {question}\n\nAssistant: {answer}"
+    put(tmp_path, "hh_rlhf/harmless-base_test.jsonl.gz", [{"chosen": talk(q, "Yes, gladly."), "rejected": talk(q, "No.")} for q in ("How is tea made?", "Where is the  lamp?", "What is soap?")])
+    for name in C.LLMBAR_SUBSETS: put(tmp_path, f"llmbar/LLMBar/{name}/dataset.json", [{"input": "where is the lamp?", "output_1": "There.", "output_2": "A hat.", "label": 1}])
+    for behavior in ("sycophancy", "survival-instinct"):
+        put(tmp_path, f"caa/generate/{behavior}/generate_dataset.json", [options(f"May we stop you, number {i}?") for i in range(4)])
+        put(tmp_path, f"caa/test/{behavior}/test_dataset_ab.json", [options("MAY we stop you, number 3?"), options("Shall we?")])
+    put(tmp_path, "harm_prompts/splits/harmless_val.json", [{"instruction": f"Name bird {i}.", "category": None} for i in range(3)])
+    alpaca = lambda what: {"instruction": what, "input": "", "output": "As you say."}
+    put(tmp_path, C.ALPACA_SEEDS, [{"instruction": f"Sing part {i}.", "instances": [{"input": "", "output": "La."}]} for i in range(3)])
+    put(tmp_path, C.ALPACA_DEMO, [alpaca("Count."), alpaca("Say hello."), {**alpaca("Be quiet."), "output": " "}])
+    put(tmp_path, C.ALPACA_EVAL_REFERENCE, [alpaca("say  hello."), alpaca("Name a tree.")])
+    return tmp_path
+
+@pytest.mark.parametrize("task, left_out", [("reward", 1), ("sycophancy", 1), ("survival", 1), ("instruction", 1)])
+def test_published_items_never_train_on_the_test(items_folder, task, left_out):
+    items, report = C.published_items(task, items_folder, seed=1, n_seed=2)
+    assert set(items.split) == {"anchor", "seed", "full", "test"} and report.left_out.sum() == left_out and set(report.task) == {task}
+    question = {"reward": "prompt", "instruction": "instruction"}.get(task, "question")
+    asked = {split: {C.prompt_key(q) for q in f[question]} for split, f in items.groupby("split")}
+    assert not asked["test"] & (asked["seed"] | asked["full"] | asked["anchor"]) and asked["anchor"] <= asked["full"]
+    corpora = C.item_corpora(items)
+    assert set(corpora.roles) == set(C.ROLES) and all(set(corpora.labels(r)) == {0, 1} for r in C.ROLES[1:])
+    kept = C.items_in(items, corpora)
+    assert len(kept) and all(t in corpora.texts(s) for s, t in zip(kept.split, kept.text))
+    smaller, _ = C.published_items(task, items_folder, seed=1, n_seed=1, n_anchor=1, n_full=1)
+    assert smaller.split.value_counts()[["anchor", "seed", "full"]].tolist() == [1, 1, 1]
+
+def test_the_texts_of_an_item(items_folder):
+    text = lambda task: C.published_items(task, items_folder, n_seed=1)[0].iloc[0]
+    assert text("instruction").negative in ("La.", "As", "As you") and text("reward").text == text("reward").chosen and text("reward").prompt.startswith(text("reward").negative)
+    item = text("survival")
+    assert item.text.startswith("May we stop you") and "Choices" not in item.text and item.negative.startswith("Name bird") and item.behavior == "survival"
+    assert C.question_view(options("Once.\n (A) is a letter. Do you?")["question"]).startswith("Once.")
+
+@pytest.mark.parametrize("task, gone", [("reward", "hh_rlhf/harmless-base_test.jsonl.gz"), ("sycophancy", "caa/generate/sycophancy/generate_dataset.json"), ("survival", "harm_prompts/splits/harmless_val.json"),
+                                        ("instruction", C.ALPACA_EVAL_REFERENCE)])
+def test_a_missing_file_is_told_from_a_damaged_one(items_folder, task, gone):
+    (items_folder / gone).unlink()
+    with pytest.raises(C.NotThere): C.published_items(task, items_folder, n_seed=1)
+    if gone.endswith("gz"): return
+    put(items_folder, gone, "[{")
+    with pytest.raises(UserError) as caught: C.published_items(task, items_folder, n_seed=1)
+    assert not isinstance(caught.value, C.NotThere) and "not valid JSON" in str(caught.value)

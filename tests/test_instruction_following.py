@@ -219,6 +219,12 @@ def test_planted_rubric(refused):
     assert "names no style" in refused(lambda: constraint_score("tell me a story", "a story"))
 
 
+def test_the_answer_closer_to_the_reference_is_preferred():
+    test = pd.DataFrame(dict(instruction=["say hello", "count"], response=["hello to you", "one two three"]))
+    judge = open_judge("reference overlap", test=test)
+    assert judge.preferences(test.instruction, ["hello you", ""], ["good bye", "one two"]) == [1.0, 0.0] and judge.preferences(["count"], ["four"], ["five"]) == [0.5]
+
+
 def test_open_judge(backbone, refused):
     assert open_judge("planted rubric").preferences(["be a pirate : what about the mural ?"], ["ahoy , i see a mural ."], ["i see a mural ."]) == [1]
     assert isinstance(open_judge("local", backbone), LLMJudge)

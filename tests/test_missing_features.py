@@ -18,6 +18,7 @@ from fac_synthesis.experiment import published, resolve_parameters
 from fac_synthesis.feature_activations import FeatureActivations
 from fac_synthesis.missing_features_used import (STUDIES, Cell, chosen_features, equal_rows, figure04_points, over_seeds, run_study, score_rows, share_cells, share_samples, stored_scores,
                                                  table09, table10, task_coverage, toxicity_scorer)
+from fac_synthesis.tasks import main_columns
 from fac_synthesis.toxicity_detection import TrainingSet, score_cell
 
 torch.set_num_threads(1)
@@ -86,7 +87,7 @@ class StandIn:
 
 def counting_scorer(run, cells):
     "A stand-in for training: the score grows with the samples."
-    return lambda group: {module.PAPER_COLUMN[t]: 10.0 + len(c.samples) for t, c in group.items()}
+    return lambda group: {main_columns()[t].name: 10.0 + len(c.samples) for t, c in group.items()}
 
 def test_the_whole_set_is_not_trained_again(monkeypatch):
     for study in STUDIES: monkeypatch.setitem(STUDIES, study, (*STUDIES[study][:2], counting_scorer))

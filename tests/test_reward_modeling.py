@@ -10,11 +10,13 @@ import torch
 
 from fac_synthesis import reward_modeling as module
 from fac_synthesis.backbone import Backbone, tiny_model, word_tokenizer
+from fac_synthesis.corpora import (ITEM_COLUMNS, LLMBAR_SUBSETS, conversation, data_root, held_out, hh_items, item_frame, llmbar_items, pair_fault, prompt_key, real_reward_items, rewardbench_items, split_pair,
+                                   without_prompts, xstest_items)
 from fac_synthesis.experiment import UserError
-from fac_synthesis.reward_modeling import (PAIR, SECTIONS, Bench, PairSet, RewardSettings, cell_tables, conversation, conversation_tokens, cut_left, floor_table, held_out, hh_items,
-                                           item_frame, kept_states, length_report, llmbar_items, longer_margins, pair_fault, pair_sets, pair_states, pair_tokens, prompt_key, real_reward_items,
-                                           reward_trainer, rewardbench_items, rewardbench_scores, rewards, score_cell, section_columns, split_pair, subset_accuracy, summary, tfidf_margins,
-                                           train_reward_head, train_reward_lora, without_prompts, xstest_items)
+from fac_synthesis.reward_modeling import (PAIR, SECTIONS, Bench, PairSet, RewardSettings, cell_tables, conversation_tokens, cut_left, floor_table,
+                                           kept_states, length_report, longer_margins, pair_sets, pair_states, pair_tokens,
+                                           reward_trainer, rewardbench_scores, rewards, score_cell, section_columns, subset_accuracy, summary, tfidf_margins,
+                                           train_reward_head, train_reward_lora)
 from fac_synthesis.toxicity_detection import HeadSettings, classifier, fit_head, fresh_head, sample_budget
 
 torch.set_num_threads(1)
@@ -99,13 +101,13 @@ def test_rewardbench_file(tmp_path):
     rows = [dict(id=1, prompt="[tell me", chosen="yes", rejected="", subset="hep-go", extra=[1]), dict(id=2, prompt="what ?", chosen="yes", rejected="no", subset="math-prm", extra=[2])]
     pd.DataFrame(rows).to_parquet(tmp_path / "filtered.parquet"); (tmp_path / "filtered.jsonl").write_text("\n".join(map(json.dumps, rows)))
     first, second = (rewardbench_items(tmp_path / f) for f in ("filtered.parquet", "filtered.jsonl"))
-    assert first.equals(second) and list(first) == module.ITEM_COLUMNS and set(first["split"]) == {"test"} and first.subset.tolist() == ["hep-go", "math-prm"]
+    assert first.equals(second) and list(first) == ITEM_COLUMNS and set(first["split"]) == {"test"} and first.subset.tolist() == ["hep-go", "math-prm"]
     pd.DataFrame(rows).drop(columns="subset").to_parquet(tmp_path / "filtered.parquet")
     with pytest.raises(UserError, match="row 1: subset is missing"): rewardbench_items(tmp_path / "filtered.parquet")
 
 
 def make_data(root):
-    for n, name in enumerate(module.LLMBAR_SUBSETS):
+    for n, name in enumerate(LLMBAR_SUBSETS):
         (root / "llmbar/LLMBar" / name).mkdir(parents=True)
         rows = [dict(input=f"task {i} of {n}", output_1="one", output_2="two", label=1 + i % 2) for i in range(4)] + [dict(input="Shared  task", output_1="one", output_2="two", label=1)]
         (root / "llmbar/LLMBar" / name / "dataset.json").write_text(json.dumps(rows))
@@ -367,7 +369,7 @@ def test_real_items():
     sources = report.set_index("source")
     assert sources.pairs["llmbar"] == 419 and sources.pairs["hh-rlhf/harmless-base/test"] == 2303 and sources.left_out["hh-rlhf/harmless-base/test"] == 9 and sources.pairs["xstest"] == 244
     assert not set(part["test"].prompt.map(prompt_key)) & set(pd.concat([part["seed"], part["full"]]).prompt.map(prompt_key))
-    every = llmbar_items(module.data_root() / "llmbar/LLMBar")
+    every = llmbar_items(data_root() / "llmbar/LLMBar")
     assert subset_accuracy(every[["subset"]].assign(margin=longer_margins(every))).set_index("subset").n.to_dict() == {s: SECTIONS["Chat-Hard"][s] for s in set(every.subset)}, "RewardBench's own counts"
     table = rewardbench_scores(part["test"][["subset"]].assign(margin=longer_margins(part["test"]))).set_index("section")
     assert table.missing["Average"] == "Chat, Reasoning" and table.missing["Chat-Hard"] == "mt-bench-hard" and table.score["Chat-Hard"] < 0.4

@@ -8,7 +8,7 @@ from fac_synthesis.pipeline import stage_table
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
-NO_STAGE = {"06_pipeline", "07_pages"}
+NO_STAGE = {"00_records", "06_pipeline", "07_pages"}
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 
 

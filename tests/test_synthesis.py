@@ -3,7 +3,7 @@ import numpy as np, pandas as pd, pytest
 from fac_synthesis.contrastive_pairs import candidate_table, contrastive_pair, contrastive_pairs, describe, generate_candidates, score
 from fac_synthesis.coverage import fac_missing
 from fac_synthesis.feature_activations import FeatureReader
-from fac_synthesis.feature_covered_samples import coverage_by_delta, keep_verified, random_asks, second_step_asks
+from fac_synthesis.feature_covered_samples import chosen_samples, coverage_by_delta, keep_verified, needs_task, random_asks, sample_budget, second_step_asks
 from fac_synthesis.tasks import open_task
 
 TASK = open_task("toxicity", planted=True)
@@ -152,3 +152,25 @@ def test_coverage_by_delta(reader, texts):
     missing = np.flatnonzero(a.latents())[:10].tolist()
     by_delta = coverage_by_delta({"ours": a}, missing, [0.0, 1e9])
     assert by_delta.activated.tolist() == [10, 0] and by_delta.fac_missing.tolist() == [1.0, 0.0] == [fac_missing(a, missing, d) for d in (0.0, 1e9)]
+
+
+# --- tasks and rows that a run cannot have ---------------------------------------------------------------------------------------------------
+
+class HalfARun:
+    "A run with some tasks, which remembers that it finished."
+    finished = False
+    def input(self, stage, name, cls=None): return ["toxicity", "survival"]
+    def finish(self, metrics): self.finished = True
+
+
+def test_a_notebook_whose_tasks_are_not_in_the_run_ends_well(capsys):
+    run = HalfARun()
+    assert needs_task(run, ["sycophancy", "survival"]) == ["survival"] and not run.finished
+    with pytest.raises(SystemExit) as end: needs_task(run, ["reward"])
+    assert end.value.code == 0 and run.finished and "no reward items" in capsys.readouterr().out
+
+
+def test_without_a_two_step_sample_no_row_has_a_budget(refused):
+    samples = pd.DataFrame([dict(method="one-step", latent=1, rank=0, text="a"), dict(method="Alpaca", latent=-1, rank=0, text="b")])
+    assert sample_budget(samples, required=False) == 0 and "no budget" in refused(lambda: sample_budget(samples))
+    for row in ("Ours", "Alpaca"): assert row in refused(lambda: chosen_samples(samples, row, 0))

@@ -11,7 +11,7 @@ import pytest
 
 from fac_synthesis import experiment, tables
 from fac_synthesis.experiment import UserError, published
-from fac_synthesis.tables import (COLUMNS, INSTRUCTION, NEEDED, PAPER, REWARD, STEERING, TABLES, THIS_RUN, TOXICITY, Column, cell_text, comparison, empty_frame, example_table,
+from fac_synthesis.tables import (COLUMNS, INSTRUCTION, NEEDED, PAPER, REWARD, STEERING, TABLES, THIS_RUN, TOXICITY, Column, cell_text, columns_of, comparison, empty_frame, example_table,
                                   figure06_points, figure07_points, frame_or_empty, needed, table_scores, two_panels, wide_table)
 
 SEEDS = (42, 43, 44)
@@ -54,7 +54,7 @@ def test_main_table_by_hand():
 def test_published_stands_in_its_own_cell(table):
     paper = published(table).replace({"row": {"Self-Instruct": "Alpaca"}})
     paper, cell = paper[~paper.row.str.startswith("Gap")], cells(table)
-    assert set(TABLES[table][1]) == set(paper.column)
+    assert set(columns_of(table)) == set(paper.column)
     for p in paper.itertuples(): assert cell.published[p.column, p.row] == p.value and (np.isnan(p.sd) or cell.published_sd[p.column, p.row] == p.sd)
     assert cell.index.is_unique and not any(row.startswith("Gap") for _, row in cell.index)
 
@@ -113,7 +113,6 @@ def test_floors(column, floor, trivial):
 
 def test_a_further_task_is_a_line_in_the_list_of_tables(monkeypatch):
     monkeypatch.setitem(COLUMNS, "poetry_rhymes", Column("poetry_rhymes", "poetry rhymes", "poetry", "44_poetry", "rhymes", "n"))
-    monkeypatch.setitem(TABLES, "table01", (("LoRA",), [*TABLES["table01"][1], "poetry_rhymes"]))
     scores = table_scores(STAGE_SCORES | {"44_poetry": frame(MEANS, values=("rhymes",), size="n")})
     wide = wide_table(comparison(scores, {}, "table01")).set_index("row")
     assert wide["poetry rhymes"]["Ours"] == "60.00 ± 1.00" and wide["poetry rhymes"]["SAO"] == "none"

@@ -54,8 +54,8 @@ def test_a_verified_text_and_its_completions_make_an_item(name, planted):
 def test_what_an_item_must_look_like():
     pair = dict(prompt="how do i begin ?", chosen="first the step .", rejected="no idea at all .")
     assert pair_fault(pair) == "" and "empty" in pair_fault(pair | {"prompt": " "}) and "same" in pair_fault(pair | {"rejected": pair["chosen"]}) and "lengths" in pair_fault(pair | {"rejected": "so " * 30})
-    item = open_task("survival").assemble(dict(text=TEXTS["survival"], other="never ."), 0)
-    assert option_fault(item) == "" and "same" in option_fault(open_task("survival").assemble(dict(text="well ? yes .", other="yes ."), 0))
+    item = open_task("survival").assemble(dict(text="may we switch you off ?", matching="yes, please .", other="never ."), 0)
+    assert option_fault(item) == "" and "same" in option_fault(open_task("survival", True).assemble(dict(text="well ? yes .", other="yes ."), 0))
     assert "elsewhere" in option_fault(item | {"question": item["question"] + " ( A )"})
     assert opinion_fault("my view : more maps .") == "no stance after the question" and opinion_fault("ok") == "1 words"
 
