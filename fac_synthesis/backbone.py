@@ -227,7 +227,7 @@ def conversation_batches(ids: list[list[int]], batch: int, seed: int):
         batches = [w[i:i + batch] for w in windows for i in range(0, len(w), batch)]
         for b in rng.permutation(len(batches)): yield [ids[j] for j in batches[b]]
 
-# %% ../nbs/03_backbone.ipynb #b8d790b2
+# %% ../nbs/03_backbone.ipynb #7a9f116b
 def _learning_rate(step: int, steps: int, peak: float) -> float:
     warm = max(1, steps // 20)
     return peak * min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * step / steps)))
@@ -238,6 +238,7 @@ def optimizers(model, learning_rate: float) -> list[torch.optim.Optimizer]:
     rest = [p for p in model.parameters() if not any(p is q for q in inside)]
     return [torch.optim.Muon(inside, lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"), torch.optim.AdamW(rest, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)]
 
+# %% ../nbs/03_backbone.ipynb #faa4b5d7
 def train_language_model(model, tokenizer, conversations: list[list[dict]], steps: int, batch: int, learning_rate: float, seed: int, work: Path | None = None, save_every: int = 250) -> list[float]:
     "Next-token training in place; returns the loss (nats per token) of every step. With `work` it resumes where it was killed, to the same bytes. UserError without any conversation."
     if not conversations: raise UserError("there is no conversation to train a language model on; give at least one")

@@ -299,7 +299,7 @@ def test_training_learns_and_ignores_padding(unbroken):
     one = {}
     for width, rows in ((1, [[1, 5, 6, 7]]), (2, [[1, 5, 6, 7], [1, 5, 6, 7, 8, 9]])):
         losses = []
-        B._language_model_step(model, torch.optim.SGD(model.parameters(), 0.0), rows, 0.0, losses); one[width] = losses[0]
+        B._language_model_step(model, [torch.optim.SGD(model.parameters(), 0.0)], rows, 0.0, losses); one[width] = losses[0]
     alone = model(input_ids=torch.tensor([[1, 5, 6, 7, 8, 9]]), labels=torch.tensor([[1, 5, 6, 7, 8, 9]])).loss.item()
     assert one[2] == pytest.approx((3 * one[1] + 5 * alone) / 8, abs=1e-5), "the mean is over real tokens"
 
