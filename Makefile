@@ -12,15 +12,15 @@ define STAGES
 11_sae_pretraining:          02 03
 12_sae_checkpoints:          02 03 11
 13_sae_benchmark:
-20_feature_activations:      02 03 11
+20_feature_activations:      02 03 12
 21_feature_interpretation:   02 03 20
 22_task_relevance:           02 05 20 21
 23_coverage:                 02 05 20 21 22
 24_ground_truth:             01 02 20 22 23
-30_contrastive_pairs:        02 03 05 11 20 23
-31_feature_covered_samples:  02 03 05 11 20 23 30
-32_baselines:                02 03 05 11 20 23 30 31
-33_diversity_metrics:        02 03 11 20 23 31 32
+30_contrastive_pairs:        02 03 05 12 20 23
+31_feature_covered_samples:  02 03 05 12 20 23 30
+32_baselines:                02 03 05 12 20 23 30 31
+33_diversity_metrics:        02 03 12 20 23 31 32
 40_toxicity_detection:       02 03 05 20 22 23 31 32
 41_reward_modeling:          02 03 31 32
 42_behavior_steering:        02 03 31 32

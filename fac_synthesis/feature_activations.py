@@ -89,7 +89,7 @@ def collect_activations(sae: SAE, backbone: Backbone, texts: list[str], top_k: b
     build = lambda data: sparse.csr_matrix((data, (text, latent)), shape=(len(texts), h))
     return FeatureActivations(build(value.astype(np.float32)), build(position.astype(np.int32) + 1))
 
-# %% ../nbs/20_feature_activations.ipynb #b57af1a5
+# %% ../nbs/20_feature_activations.ipynb #e5ebf438
 @dataclass(frozen=True)
 class FeatureReader:
     "Reads g_i(x) off texts, in the same units every time: `reader(texts)`."
@@ -110,7 +110,7 @@ def half_maximum(activations: FeatureActivations) -> np.ndarray:
 def open_reader(run) -> FeatureReader:
     "The reader of this run, for every later notebook."
     about, unit = run.upstream("20_feature_activations"), run.input("20_feature_activations", "unit")["unit_H"]
-    return FeatureReader(run.input("11_sae_pretraining", "sae", cls=SAE), run.input("03_backbone", "backbone", cls=Backbone), about.use_top_k,
+    return FeatureReader(run.input("12_sae_checkpoints", "sae", cls=SAE), run.input("03_backbone", "backbone", cls=Backbone), about.use_top_k,
                          unit if about.relative else None, about.batch_tokens)
 
 # %% ../nbs/20_feature_activations.ipynb #4c56bb3a
