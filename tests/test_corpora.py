@@ -397,3 +397,10 @@ def test_a_missing_file_is_told_from_a_damaged_one(items_folder, task, gone):
     put(items_folder, gone, "[{")
     with pytest.raises(UserError) as caught: C.published_items(task, items_folder, n_seed=1)
     assert not isinstance(caught.value, C.NotThere) and "not valid JSON" in str(caught.value)
+
+@pytest.mark.skipif(not os.environ.get("FAC_DATA_DIR"), reason="FAC_DATA_DIR is not set: no folder with the published files")
+@pytest.mark.parametrize("task, n_test", [("reward", 333), ("sycophancy", 50), ("survival", 50), ("instruction", 805)])
+def test_real_items_become_corpora(task, n_test):
+    items, _ = C.published_items(task)
+    kept = C.items_in(items, C.item_corpora(items))
+    assert (kept.split == "test").sum() == n_test and (kept.split == "seed").sum() == 40 and (kept.split == "anchor").sum() > 390

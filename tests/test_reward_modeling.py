@@ -367,7 +367,7 @@ def test_real_items():
     items, report = real_reward_items()
     part = {name: own for name, own in items.groupby("split")}
     sources = report.set_index("source")
-    assert sources.pairs["llmbar"] == 419 and sources.pairs["hh-rlhf/harmless-base/test"] == 2303 and sources.left_out["hh-rlhf/harmless-base/test"] == 9 and sources.pairs["xstest"] == 244
+    assert sources["items"]["llmbar"] == 419 and sources["items"]["hh-rlhf/harmless-base/test"] == 2303 and sources.left_out["hh-rlhf/harmless-base/test"] == 9 and sources["items"]["xstest"] == 244
     assert not set(part["test"].prompt.map(prompt_key)) & set(pd.concat([part["seed"], part["full"]]).prompt.map(prompt_key))
     every = llmbar_items(data_root() / "llmbar/LLMBar")
     assert subset_accuracy(every[["subset"]].assign(margin=longer_margins(every))).set_index("subset").n.to_dict() == {s: SECTIONS["Chat-Hard"][s] for s in set(every.subset)}, "RewardBench's own counts"
