@@ -302,7 +302,7 @@ def load_published(name_or_path: str | Path, layer: int = 0, other_sites: bool =
     sae.config = replace(sae.config, layer=stated or layer)
     return sae
 
-# %% ../nbs/12_sae_checkpoints.ipynb #81e1c6a0
+# %% ../nbs/12_sae_checkpoints.ipynb #2b513385
 WARN_ABOVE = 0.5  # FVU
 
 @torch.no_grad()
@@ -312,7 +312,8 @@ def check_sae(sae: SAE, backbone, texts: list[str], n_tokens: int = 1000) -> dic
     if sae.config.layer not in (0, backbone.layer): raise UserError(f"the SAE reads layer {sae.config.layer}, but the backbone is hooked at layer {backbone.layer}; open the backbone with layer={sae.config.layer}")
     sums = Sums(sae)
     for residuals in backbone.residuals(texts) if texts else ():
-        sums.add(residuals.x_ND[:n_tokens - sums.n].to(sae.b_dec))
+        x_ND = residuals.x_ND[:n_tokens - sums.n].to(sae.b_dec)
+        sums.add(x_ND, sae(x_ND))
         if sums.n >= n_tokens: break
     if sums.n < 2: raise UserError("there are fewer than two tokens to check the SAE on; give more text")
     numbers = {name: value for name, value in sums.numbers().items() if name != "dead_share"}
