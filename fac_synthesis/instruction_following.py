@@ -193,7 +193,7 @@ class WeightedJudge(LLMJudge):
             result.append(torch.sigmoid(one - two).item())
         return result
 
-# %% ../nbs/43_instruction_following.ipynb #56d3f2c2
+# %% ../nbs/43_instruction_following.ipynb #c50e8e0a
 @functools.cache
 def planted_words() -> dict[str, list[tuple[str, frozenset]]]:
     "Word of an instruction -> what it stands for: (style or topic, words that show it in an answer)."
@@ -204,11 +204,12 @@ def planted_words() -> dict[str, list[tuple[str, frozenset]]]:
     return found
 
 def constraint_score(instruction: str, answer: str) -> float:
-    "The planted rubric: half for the style's three words, half for two words of the topic; halved where it is no proper message. UserError if the instruction names neither."
+    "The planted rubric: half for the style's three words, half for two words of the topic; halved where it is no proper message, nothing for the request given back. UserError if the instruction names neither."
     said, votes = set(answer.split()), collections.Counter(meaning for word in set(instruction.split()) for meaning in planted_words().get(word, ()))
     shares = {}
     for (kind, words), _ in sorted(votes.items(), key=lambda item: (-item[1], sorted(item[0][1]))):  # a word can stand in two concepts; the one with more words counts
         shares.setdefault(kind, min(1.0, len(said & words) / (3 if kind == "style" else 2)))
+    if answer.strip() == instruction.strip(): return 0.0
     if not shares: raise UserError(f"the instruction {instruction[:60]!r} names no style and no topic of the planted world; the planted rubric cannot judge it")
     return sum(shares.values()) / len(shares) * (0.5 if message_fault(answer) else 1.0)
 

@@ -214,6 +214,7 @@ def test_planted_rubric(refused):
     asked = "be a pirate , not quite a corsair , and explain the spray and the wall ."
     answers = ("ahoy matey ! take the spray and mind the wall . arr .", "take the spray and mind the wall .", "ahoy matey ! arr , what a day .", "nothing of the kind .", "", "ahoy ahoy ahoy ahoy matey arr spray spray spray spray wall")
     assert [constraint_score(asked, a) for a in answers] == pytest.approx([1, 0.5, 0.5, 0, 0, 1 if not message_fault(answers[-1]) else 0.5])
+    assert constraint_score(asked, asked) == 0, "giving the request back is no answer"
     assert constraint_score(asked, "ahoy there , i see a wall .") == pytest.approx((1 / 3 + 1 / 2) / 2)
     assert constraint_score("tell me about the stencil .", "the mural and the spray .") == 1, "without a style the topic alone counts"
     assert "names no style" in refused(lambda: constraint_score("tell me a story", "a story"))
