@@ -229,14 +229,15 @@ def report(profile: str, took: float):
     with contextlib.suppress(ValueError): folder = folder.relative_to(project_root())  # not the working directory: papermill moves it while stages overlap
     say(f"\nThis run took {took:.1f} s. Results are in {folder}: tables/, figures/, notebooks/ (executed), manifest.json")
 
-# %% ../nbs/06_pipeline.ipynb #62c33ad0
+# %% ../nbs/06_pipeline.ipynb #29866a59
 def stated_cost(stage: str, profile: str) -> str:
     "What the notebook says it costs in this profile: the cost row of its first table."
     cells = json.loads(notebook_path(stage).read_text())["cells"]
     rows = re.findall(r"^\| cost(.*?)\|(.*?)\|\s*$", "\n".join("".join(c["source"]) for c in cells[:3]), re.M)
-    named = [text for head, text in rows if profile in head]
-    parts = (named or [text for _, text in rows] or [""])[0].strip()
+    named, others = ([text.strip() for head, text in rows if (profile in head) == wanted and (wanted or not re.search("mini|small|paper", head))] for wanted in (True, False))
+    parts = (named or others or [""])[0]
     mine = [part for part in re.split(r"(?<=[;.])\s+", parts) if profile in part]
+    if not mine and not named and (not parts or re.search("mini|small|paper", parts)): return "no cost is known in this profile"
     return (mine[0] if mine else parts).replace("`", "").strip(" ;")
 
 def past_cost(profile: str, stages: Iterable[str]) -> str:

@@ -69,6 +69,22 @@ def test_published_outputs_are_tidy_and_the_same_each_time(project):
     assert pages.publish() == ["10_one"] and source.read_text() == first
 
 
+def test_pictures_are_made_small_and_stay_pictures():
+    import base64, io, matplotlib.pyplot as plt
+    from PIL import Image
+    fig, ax = plt.subplots(); ax.plot(range(9)); large = io.BytesIO(); fig.savefig(large, format="png"); plt.close(fig)
+    [kept] = pages.tidy_outputs([dict(output_type="display_data", data={"image/png": base64.b64encode(large.getvalue()).decode()}, metadata={})])
+    small = base64.b64decode(kept["data"]["image/png"])
+    assert len(small) < 0.6 * len(large.getvalue()) and Image.open(io.BytesIO(small)).size == Image.open(large).size
+
+
+def test_every_figure_of_a_run_is_in_its_notebook():
+    for path in sorted((Path(__file__).parents[1] / "nbs").glob("[0-9]*.ipynb")):
+        for cell in json.loads(path.read_text())["cells"]:
+            if cell["cell_type"] == "code" and re.search(r"^run\.figure\(", "".join(cell["source"]), re.M):
+                assert any("image/png" in o.get("data", {}) for o in cell["outputs"]), f"{path.name}: the picture of {''.join(cell['source'])[:60]!r} was left out; make publish says why"
+
+
 def test_a_notebook_stays_small():
     big = lambda i: code(i, i, stream(i * 60_000))
     source = {"cells": [code(i, i) for i in "abcdef"]}
