@@ -158,3 +158,9 @@ def test_constraints_pin_every_dependency():
     for text in project["dependencies"] + project["optional-dependencies"]["dev"]:
         r = Requirement(text)
         assert pins[canonicalize_name(r.name)] in r.specifier, text
+
+
+@each_notebook
+def test_saved_pictures_hang_on_no_chance(path):
+    for c in cells(path):
+        if "run.figure(" in source(c): assert not re.search(r"stripplot\((?![^\n]*jitter=False)|errorbar=\(?[\"']ci", source(c)), "jitter and bootstrapped bars draw from the global generator, whose state depends on what was loaded"
