@@ -6,7 +6,7 @@
 __all__ = ['TYPES', 'PLANTED_NOTE', 'UserError', 'project_root', 'resolve_path', 'results_dir', 'write_atomic', 'coerce',
            'notebook_path', 'stages_on_disk', 'declared_parameters', 'load_profile', 'resolve_parameters',
            'code_fingerprint', 'executed_sources', 'notebook_sources', 'save_artifact', 'check_artifact',
-           'load_artifact', 'seed_everything', 'progress', 'published', 'stage_record', 'library_versions',
+           'load_artifact', 'seed_everything', 'progress', 'published', 'stage_record', 'package_versions',
            'content_key', 'Run', 'parameter_table', 'start', 'markdown_table', 'peak_memory_mb', 'stamp', 'is_stale',
            'execute_notebook']
 
@@ -268,7 +268,7 @@ def stage_record(stage: str, profile: str) -> dict | None:
     except ValueError: raise UserError(f"the record {file} is damaged: remove it and run {stage} again") from None
 
 @functools.cache
-def library_versions() -> dict:
+def package_versions() -> dict:
     return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "scikit-learn", "numpy")}
 
 def content_key(**parts) -> str:
@@ -347,7 +347,7 @@ def _upstream(run: Run, stage: str):
 def _cached(run: Run, name: str, compute, cls=None, key=None):
     "Loads `name` if its key exists, else calls compute(work folder) and saves. The work folder survives a kill."
     inputs = run._inputs_of.setdefault(name, dict(run.inputs))
-    about = dict(stage=run.stage, name=name, parameters=run.parameters, inputs=inputs, code=run.code, key=key, versions=library_versions(), reads=run.reads)
+    about = dict(stage=run.stage, name=name, parameters=run.parameters, inputs=inputs, code=run.code, key=key, versions=package_versions(), reads=run.reads)
     folder = run.dir / "artifacts" / run.stage / f"{name}-{content_key(**about)}"
     if not folder.exists():
         work = folder.with_name(f"{folder.name}.work"); work.mkdir(parents=True, exist_ok=True)
@@ -401,7 +401,7 @@ def peak_memory_mb() -> float:
 def _finish(run: Run, metrics: dict) -> pd.DataFrame:
     "Writes the stage's record: with it the stage counts as done, and later stages find its outputs."
     record = dict(stage=run.stage, parameters=run.parameters, notebook=code_fingerprint(notebook_sources(run.stage)), inputs=run.inputs, outputs=run.outputs,
-                  files=run.files, reads=run.reads, versions=library_versions(), metrics=metrics,
+                  files=run.files, reads=run.reads, versions=package_versions(), metrics=metrics,
                   seconds=round(time.monotonic() - run._began, 1), peak_mb=round(peak_memory_mb()))
     write_atomic(run.dir / "stages" / f"{run.stage}.json", json.dumps(record, indent=1, default=float))
     return pd.DataFrame([{"stage": run.stage, **{k: v for k, v in metrics.items() if not isinstance(v, (dict, list))}}])
@@ -417,7 +417,7 @@ def is_stale(stage: str, profile: str, parameters: dict) -> str:
     record = stage_record(stage, profile)
     if record is None: return "never ran"
     if record["parameters"] != parameters: return "parameters"
-    if record["notebook"] != code_fingerprint(notebook_sources(stage)) or record["versions"] != library_versions(): return "code"
+    if record["notebook"] != code_fingerprint(notebook_sources(stage)) or record["versions"] != package_versions(): return "code"
     if any(stamp(path) != old for path, old in record["reads"].items()): return "files read"
     if any(_current_digest(source, profile) != digest for source, digest in record["inputs"].items()): return "inputs"
     folder = results_dir(profile)

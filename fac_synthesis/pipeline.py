@@ -13,7 +13,7 @@ import argparse, contextlib, difflib, fcntl, json, os, platform, re, shlex, shut
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
-from .experiment import (UserError, coerce, declared_parameters, execute_notebook, is_stale, library_versions, load_profile,
+from .experiment import (UserError, coerce, declared_parameters, execute_notebook, is_stale, package_versions, load_profile,
                                       notebook_path, project_root, resolve_parameters, resolve_path, results_dir, stage_record, write_atomic)
 
 # %% ../nbs/06_pipeline.ipynb #aa628580
@@ -153,7 +153,7 @@ def write_manifest(profile: str, seconds: dict[str, float]) -> dict:
         if record := stage_record(stage, profile):
             took = seconds.get(stage, old.get(stage, {}).get("seconds", record["seconds"]))
             stages[stage] = dict(seconds=round(took, 1), peak_mb=record["peak_mb"], parameters={k: shown(v) for k, v in record["parameters"].items()})
-    manifest = dict(profile=profile, platform=platform_facts(), versions=dict(python=platform.python_version(), **library_versions()), stages=stages)
+    manifest = dict(profile=profile, platform=platform_facts(), versions=dict(python=platform.python_version(), **package_versions()), stages=stages)
     write_atomic(results_dir(profile) / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
     return manifest
 
