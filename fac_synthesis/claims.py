@@ -97,7 +97,7 @@ def decide(gaps: dict[str, Difference], told: str, absent: list[str] = (), also:
     text = "; ".join(filter(None, [told, many if len(gaps) > 3 else ", ".join(f"{name} {g}" for name, g in gaps.items()), f"no value for {', '.join(absent)}" if absent else ""]))
     return Judged(all_of([*(g.verdict for g in gaps.values()), *also]), text, len(gaps))
 
-# %% ../nbs/91_claims.ipynb #06f87294
+# %% ../nbs/91_claims.ipynb #cba1a393
 def by_seed(frame: pd.DataFrame, what: str, value: str = "value", scale: float = 1, **where) -> pd.Series:
     "Values by seed of the rows where every column of `where` has its value. NotTestable, saying `what`, if there is none."
     some = frame[np.logical_and.reduce([frame[k] == v for k, v in where.items()])] if len(frame) else frame
@@ -117,15 +117,17 @@ def over_rows(evidence: Evidence, column: str, trainings: tuple[str, ...]) -> tu
     if not others: raise NotTestable(f"this run has no row but Ours in {COLUMNS[column].label}")
     return {f"Ours minus {m}, {COLUMNS[column].label}": paired(ours, by_seed(known, m, method=m), evidence.how) for m in others}, f"{COLUMNS[column].label}: Ours {said(ours)}", lost
 
-def best_method(evidence: Evidence, columns: list[str], trainings: tuple[str, ...] = TABLES["table01"]) -> Judged:
-    "Is Ours above every other row of this run in these columns (claims C05 to C08 and C10)?"
+def best_method(evidence: Evidence, columns: list[str], trainings: tuple[str, ...] = TABLES["table01"], equal_budgets: bool = False) -> Judged:
+    "Is Ours above every other row of this run in these columns (claims C05 to C08 and C10)? With `equal_budgets`, above every row that has no more samples."
     gaps, told, absent = {}, [], []
     for column in columns:
         try: more, words, lost = over_rows(evidence, column, trainings)
         except NotTestable: absent.append(f"Ours and others in {COLUMNS[column].label}"); continue
         gaps |= more; told.append(words); absent += [f"{m} in {COLUMNS[column].label}" for m in lost]
-    fair = [g.verdict for name, g in gaps.items() if "minus Full Dataset" not in name]
-    if fair and len(fair) < len(gaps): told.append(f"{all_of(fair)} if Full Dataset, which has more samples, is left out")
+    equal = {name: g for name, g in gaps.items() if "minus Full Dataset" not in name}
+    if equal and len(equal) < len(gaps):
+        gaps, others, how = (equal, gaps, "counted in") if equal_budgets else (gaps, equal, "left out")
+        told.append(f"{all_of([g.verdict for g in others.values()])} if Full Dataset, which has more samples, is {how}")
     return decide(gaps, "; ".join([*(t for t in trainings if t != "steering"), *told]), absent)
 
 def lora_beats_head(evidence: Evidence) -> Judged:
@@ -335,11 +337,11 @@ def seeds_matter_little(evidence: Evidence) -> Judged:
     gaps = {f"SE minus sd of {name}": Difference(se.mean() - v.std(), se.mean() - spread(v)[1], se.mean() - spread(v)[0]) for name, v in (("LC", lc), ("WR", wr))}
     return decide(gaps, f"Ours: LC {said(lc)}, WR {said(wr)}, SE {said(se)}")
 
-# %% ../nbs/91_claims.ipynb #5f0ddf3c
+# %% ../nbs/91_claims.ipynb #feed736c
 VERDICTS: dict[str, Callable[[Evidence], Judged]] = dict(
     C01=fac_predicts, C02=fac_predicts_elsewhere, C03=fac_leads, C04=diversity_fails,
-    C05=lambda e: best_method(e, ["toxicity_auprc"]), C06=lambda e: best_method(e, ["reward_accuracy"]), C07=lambda e: best_method(e, ["sycophancy_scr", "survival_scr"]),
-    C08=lambda e: best_method(e, ["instruction_lc", "instruction_wr"]), C10=lambda e: best_method(e, ["toxicity_auprc", "reward_accuracy"], ("head only",)), C11=lora_beats_head,
+    C05=lambda e: best_method(e, ["toxicity_auprc"], equal_budgets=True), C06=lambda e: best_method(e, ["reward_accuracy"], equal_budgets=True),
+    C07=lambda e: best_method(e, ["sycophancy_scr", "survival_scr"]), C08=lambda e: best_method(e, ["instruction_lc", "instruction_wr"], equal_budgets=True), C10=lambda e: best_method(e, ["toxicity_auprc", "reward_accuracy"], ("head only",)), C11=lora_beats_head,
     C12=lambda e: shares_rise(e, ["toxicity_auprc"], (ONE_EACH, FIXED)), C13=covering_beats_repeating,
     C14=lambda e: shares_rise(e, ["reward_accuracy", "sycophancy_scr", "survival_scr", "instruction_lc", "instruction_wr"], (ONE_EACH,)),
     C15=two_steps_cover_more, C16=coverage_never_rises, C25=threshold_counts, C26=lowest_threshold_best, C27=more_samples_help_less,

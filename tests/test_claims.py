@@ -12,8 +12,8 @@ from fac_synthesis.claims import (FAILS, FIXED, HOLDS, ONE_EACH, OPEN, REASONS, 
                                   two_steps_cover_more, weakest)
 from fac_synthesis.experiment import PLANTED_NOTE, UserError, published
 from fac_synthesis.tasks import COLUMNS, STEERING, TASKS, TOXICITY, score_stages
+from threshold_curves import SEEDS, make_by_delta, make_by_samples
 
-SEEDS = (42, 43, 44)
 CLAIMS = published("claims")
 NOISE = {"Baseline": (0, 1, 2), "Ours": (1, 2, 0), "Full Dataset": (2, 0, 1)}
 MEANS = {"Baseline": 40, "Magpie": 45, "Full Dataset": 50, "Ours": 60}
@@ -30,22 +30,6 @@ def make_scores(means=MEANS, columns=SCORED):
 def make_coverage(one=(28, 16, 12), two=(33, 18, 16), missing=40, deltas=(8.0, 10.0, 12.0), task="toxicity", more=0):
     return pd.DataFrame([dict(task=task, method=m, delta=d, activated=n, missing=missing, fac_missing=(n + more * (m == "one-step")) / missing, fac_equal=n / missing, n_kept=80, n_equal=75)
                          for m, counts in (("one-step", one), ("two-step", two)) for d, n in zip(deltas, counts)])
-
-
-def curve(x, values, spread=0.02, **counts):
-    """`values` per x in percent; seeds differ by `spread` in another order at every x."""
-    return pd.DataFrame([{x: k, **{c: v[i] for c, v in counts.items()}, "seed": s, "auprc": (value + spread * ((i + j) % 3)) / 100,
-                          "des": value / np.log10(counts["n_samples"][i]) if counts["n_samples"][i] > 1 else np.nan}
-                         for i, (k, value) in enumerate(values.items()) for j, s in enumerate(SEEDS)])
-
-
-DELTAS = (0.0, 0.5, 1.0, 1.5, 2.0, 4.0)
-def make_by_delta(values=(49.12, 46.85, 44.20, 45.47, 45.98, 43.23), missing=(214, 182, 108, 110, 112, 60), n_samples=(200, 170, 100, 100, 100, 50), **kw):
-    return curve("delta", dict(zip(DELTAS, values)), missing=missing, n_samples=n_samples, **kw)
-
-
-def make_by_samples(values=(60.0, 62.0, 63.0, 63.5, 63.9), n_samples=(20, 40, 60, 80, 100), **kw):
-    return curve("samples_per_feature", dict(zip(range(1, 6), values)), n_samples=n_samples, **kw)
 
 
 def make_shares(columns=tuple(SCORED), each=(45.6, 46.6, 49.1), filled=(46.1, 47.0, 49.1), spread=0.02):
@@ -137,6 +121,8 @@ def test_decide_counts_and_names():
 def test_best_method_flips(full, verdict, column, training):
     result = best_method(evidence(scores=make_scores(MEANS | {"Full Dataset": full})), [column], (training,))
     assert result.verdict == verdict and result.comparisons == 3 and "Ours minus Baseline" in result.evidence and f"{HOLDS} if Full Dataset, which has more samples, is left out" in result.evidence
+    fair = best_method(evidence(scores=make_scores(MEANS | {"Full Dataset": full})), [column], (training,), equal_budgets=True)
+    assert fair.verdict == HOLDS and fair.comparisons == 2 and f"{verdict} if Full Dataset, which has more samples, is counted in" in fair.evidence
 
 
 def test_best_method_over_several_columns_and_with_gaps():

@@ -13,8 +13,8 @@ from fac_synthesis import experiment, tables
 from fac_synthesis.experiment import UserError, published
 from fac_synthesis.tables import (COLUMNS, INSTRUCTION, NEEDED, PAPER, REWARD, STEERING, TABLES, THIS_RUN, TOXICITY, Column, cell_text, columns_of, comparison, empty_frame, example_table,
                                   figure06_points, figure07_points, frame_or_empty, needed, table_scores, two_panels, wide_table)
+from threshold_curves import SEEDS, make_by_delta, make_by_samples
 
-SEEDS = (42, 43, 44)
 N = {"Baseline": 30, "Full Dataset": 90}
 SAMPLES_31, SECTIONS = "31_feature_covered_samples", ("chat", "chat_hard", "safety", "reasoning", "average")
 
@@ -119,22 +119,6 @@ def test_a_further_task_is_a_line_in_the_list_of_tables(monkeypatch):
 
 
 # ---- Figures
-
-def curve(x, values, spread=0.02, **counts):
-    """`values` per x in percent; seeds differ by `spread` in another order at every x."""
-    return pd.DataFrame([{x: k, **{c: v[i] for c, v in counts.items()}, "seed": s, "auprc": (value + spread * ((i + j) % 3)) / 100,
-                          "des": value / np.log10(counts["n_samples"][i]) if counts["n_samples"][i] > 1 else np.nan}
-                         for i, (k, value) in enumerate(values.items()) for j, s in enumerate(SEEDS)])
-
-
-DELTAS = (0.0, 0.5, 1.0, 1.5, 2.0, 4.0)
-def make_by_delta(values=(49.12, 46.85, 44.20, 45.47, 45.98, 43.23), missing=(214, 182, 108, 110, 112, 60), n_samples=(200, 170, 100, 100, 100, 50), **kw):
-    return curve("delta", dict(zip(DELTAS, values)), missing=missing, n_samples=n_samples, **kw)
-
-
-def make_by_samples(values=(60.0, 62.0, 63.0, 63.5, 63.9), n_samples=(20, 40, 60, 80, 100), **kw):
-    return curve("samples_per_feature", dict(zip(range(1, 6), values)), n_samples=n_samples, **kw)
-
 
 def test_points_of_figures_06_and_07():
     points = figure06_points(make_by_delta(), published("figure06"))
