@@ -6,9 +6,9 @@
 __all__ = ['TYPES', 'PLANTED_NOTE', 'UserError', 'project_root', 'resolve_path', 'results_dir', 'write_atomic', 'coerce',
            'notebook_path', 'stages_on_disk', 'declared_parameters', 'load_profile', 'resolve_parameters',
            'code_fingerprint', 'executed_sources', 'notebook_sources', 'save_artifact', 'check_artifact',
-           'load_artifact', 'seed_everything', 'progress', 'published', 'stage_record', 'package_versions',
-           'content_key', 'Run', 'parameter_table', 'start', 'markdown_table', 'peak_memory_mb', 'stamp', 'is_stale',
-           'execute_notebook']
+           'load_artifact', 'seed_everything', 'progress', 'published', 'stage_record', 'stage_output',
+           'package_versions', 'content_key', 'Run', 'parameter_table', 'start', 'markdown_table', 'peak_memory_mb',
+           'stamp', 'is_stale', 'execute_notebook']
 
 # %% ../nbs/00_experiment.ipynb #674d6c96
 import ast, contextlib, functools, hashlib, importlib.metadata, inspect, json, os, random, re, resource, shutil, sys, time
@@ -260,12 +260,19 @@ def published(name: str) -> pd.DataFrame:
     if not file.exists(): raise UserError(f"the paper's numbers hold no {name!r}; there are {', '.join(sorted(p.stem for p in file.parent.glob('*.csv')))}")
     return pd.read_csv(file)
 
-# %% ../nbs/00_experiment.ipynb #e4d0fe53
+# %% ../nbs/00_experiment.ipynb #e7b13e58
 def stage_record(stage: str, profile: str) -> dict | None:
     "What a finished stage left: parameters, code, inputs, outputs with digests, metrics, cost. None if it never finished."
     file = results_dir(profile) / "stages" / f"{stage}.json"
     try: return json.loads(file.read_text()) if file.exists() else None
     except ValueError: raise UserError(f"the record {file} is damaged: remove it and run {stage} again") from None
+
+def stage_output(stage: str, name: str, profile: str = "mini", cls=None):
+    "The artifact `name` that a finished stage left, e.g. stage_output('12_sae_checkpoints', 'sae', cls=SAE). UserError if the stage never finished or leaves no such thing."
+    record = stage_record(stage, profile)
+    if record is None: raise UserError(f"{stage} has not run in profile {profile}; run make reproduce PROFILE={profile} first")
+    if name not in record["outputs"]: raise UserError(f"{stage} leaves no {name!r}; it leaves {', '.join(record['outputs'])}")
+    return load_artifact(results_dir(profile) / record["outputs"][name]["folder"], cls)
 
 @functools.cache
 def package_versions() -> dict:
@@ -321,7 +328,7 @@ def start(stage: str, namespace: dict) -> Run:
     seed_everything(parameters.get("seed", 0))
     return Run(stage, parameters, namespace)
 
-# %% ../nbs/00_experiment.ipynb #093104a5
+# %% ../nbs/00_experiment.ipynb #40e3f3e6
 def _record(run: Run, stage: str) -> dict:
     "The record of an earlier stage in this profile; the stage is run first if it never was."
     if stage_record(stage, run.profile) is None:
@@ -331,11 +338,8 @@ def _record(run: Run, stage: str) -> dict:
 
 def _input(run: Run, stage: str, name: str, cls=None):
     "The artifact `name` that `stage` left in this profile."
-    record = _record(run, stage)
-    if name not in record["outputs"]: raise UserError(f"{stage} leaves no {name!r}; it leaves {', '.join(record['outputs'])}")
-    output = record["outputs"][name]
-    value = load_artifact(run.dir / output["folder"], cls)
-    run.inputs[f"{stage}/{name}"] = output["digest"]
+    outputs, value = _record(run, stage)["outputs"], stage_output(stage, name, run.profile, cls)
+    run.inputs[f"{stage}/{name}"] = outputs[name]["digest"]
     return value
 
 def _upstream(run: Run, stage: str):
@@ -393,7 +397,7 @@ def _figure(run: Run, figure, name: str, data: pd.DataFrame | None = None):
         run.files[str(file.relative_to(run.dir))] = _digest(file)
     return figure
 
-# %% ../nbs/00_experiment.ipynb #5de00240
+# %% ../nbs/00_experiment.ipynb #4b578522
 def peak_memory_mb() -> float:
     "Peak resident memory of this process, in MB."
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -404,7 +408,7 @@ def _finish(run: Run, metrics: dict) -> pd.DataFrame:
                   files=run.files, reads=run.reads, versions=package_versions(), metrics=metrics,
                   seconds=round(time.monotonic() - run._began, 1), peak_mb=round(peak_memory_mb()))
     write_atomic(run.dir / "stages" / f"{run.stage}.json", json.dumps(record, indent=1, default=float))
-    return pd.DataFrame([{"stage": run.stage, **{k: v for k, v in metrics.items() if not isinstance(v, (dict, list))}}])
+    return pd.DataFrame({run.stage: {k: v for k, v in metrics.items() if not isinstance(v, (dict, list))}}, dtype=object)
 
 def stamp(path: str | Path) -> list:
     "Size and modification time of a file, or of every file below a folder: cheap evidence that it did not change."

@@ -229,7 +229,7 @@ def report(profile: str, took: float):
     with contextlib.suppress(ValueError): folder = folder.relative_to(project_root())  # not the working directory: papermill moves it while stages overlap
     say(f"\nThis run took {took:.1f} s. Results are in {folder}: tables/, figures/, notebooks/ (executed), manifest.json")
 
-# %% ../nbs/06_pipeline.ipynb #29866a59
+# %% ../nbs/06_pipeline.ipynb #2b478787
 def stated_cost(stage: str, profile: str) -> str:
     "What the notebook says it costs in this profile: the cost row of its first table."
     cells = json.loads(notebook_path(stage).read_text())["cells"]
@@ -258,6 +258,8 @@ def print_plan(profile: str, plan: dict[str, dict]):
         verdict = f"runs: {why}" if why else f"runs if {', '.join(above)} changes what it reads" if above else "unchanged"
         say(f"[{i:2}/{len(plan)}] {stage:27} {verdict}" + (f"  ({stated_cost(stage, profile)})" if verdict != "unchanged" else ""))
     say(past_cost(profile, runs | dependents(runs, table) & set(plan)))
+    for stage, values in ((s, resolve_parameters(s, profile, given)) for s, given in plan.items()):
+        if values.get("source") == "published" and not values["data_dir"]: say(f"{stage} has no data_dir and FAC_DATA_DIR is not set: it asks the hub for the data sets, and says which of them exist as files only")
 
 def print_status(profile: str, plan: dict[str, dict]):
     "One line per stage."

@@ -5,7 +5,7 @@ import numpy as np, pandas as pd, pytest, torch
 from fac_synthesis import experiment
 from fac_synthesis.experiment import (PLANTED_NOTE, Run, UserError, check_artifact, code_fingerprint, coerce, content_key, declared_parameters, executed_sources, is_stale,
                                       load_artifact, load_profile, markdown_table, parameter_table, progress, published, resolve_parameters, resolve_path, save_artifact,
-                                      seed_everything, stage_record, stamp, start, write_atomic)
+                                      seed_everything, stage_output, stage_record, stamp, start, write_atomic)
 
 ROOT = Path(__file__).resolve().parent.parent
 PARAMETERS = "profile: str = 'mini'  # scale\nseed: int = 0  # seed (paper: 42)\nk: int = 3  # how many (paper: 20, Appendix J)\nrate: float = 0.5  # rate\nnames: list[str] = ['a']  # names\n"
@@ -219,6 +219,9 @@ def test_stages_find_each_other_by_record(project):
     second = begin()
     assert second.input("00_first", "numbers") == [1, 2] and second.upstream("00_first").k == 3
     with pytest.raises(UserError, match="00_first leaves no 'letters'; it leaves numbers"): second.input("00_first", "letters")
+    assert stage_output("00_first", "numbers") == [1, 2]
+    with pytest.raises(UserError, match="00_first leaves no 'letters'"): stage_output("00_first", "letters")
+    with pytest.raises(UserError, match="10_second has not run in profile mini"): stage_output("10_second", "sum")
     second.cached("sum", lambda work: 3); second.finish()
     record = stage_record("10_second", "mini")
     assert set(record["inputs"]) == {"00_first/numbers", "00_first/parameters"} and set(record["outputs"]) == {"sum"} and record["peak_mb"] > 0

@@ -163,6 +163,13 @@ def test_plan_tells_the_cost_of_the_last_time(project, capsys):
     assert pipeline.main(["plan", "--params", "-p n 5"]) == 0 and "no earlier run of profile mini" in capsys.readouterr().out
 
 
+def test_plan_names_the_data_that_are_not_there(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("FAC_RESULTS_DIR", str(tmp_path)); monkeypatch.delenv("FAC_DATA_DIR", raising=False)
+    assert pipeline.main(["plan", "--profile", "small"]) == 0 and "02_corpora has no data_dir and FAC_DATA_DIR is not set" in capsys.readouterr().out
+    monkeypatch.setenv("FAC_DATA_DIR", str(tmp_path))
+    assert pipeline.main(["plan", "--profile", "small"]) == 0 and "has no data_dir" not in capsys.readouterr().out
+
+
 def test_a_reader_may_close_the_pipe(project):
     done = subprocess.run(["bash", "-o", "pipefail", "-c", f"{sys.executable} -m fac_synthesis.pipeline status | head -c 1"], capture_output=True, text=True)
     assert done.returncode == 0 and "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
