@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLAIN_TEMPLATE', 'SPECIAL', 'CHAT_TEMPLATE', 'decoder_layers', 'hidden_of', 'residual_stream', 'chat_frame', 'Tokens',
-           'tokenize', 'word_tokenizer', 'length_batches', 'pad', 'Residuals', 'Backbone', 'pick_device',
+           'tokenize', 'word_tokenizer', 'length_batches', 'pad', 'Residuals', 'Backbone', 'pick_device', 'pick_dtype',
            'open_backbone', 'tiny_model', 'conversation_batches', 'optimizers', 'train_language_model']
 
 # %% ../nbs/03_backbone.ipynb #776dca49
@@ -176,23 +176,31 @@ def _edited_losses(backbone: Backbone, texts: list[str], edits: dict, batch_toke
                 sums[name][1] += torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
     return {name: (ce / max(count, 1), kl / max(count, 1)) for name, (ce, kl) in sums.items()}
 
-# %% ../nbs/03_backbone.ipynb #ed92ff84
+# %% ../nbs/03_backbone.ipynb #eb4e4379
 def pick_device(device: str) -> str:
     "'auto' is cuda where there is one, else cpu. UserError for another name, or for a GPU that is not there."
     if device.split(":")[0] not in ("auto", "cpu", "cuda"): raise UserError(f"device {device!r} is unknown; use auto, cpu or cuda")
     if device.startswith("cuda") and not torch.cuda.is_available(): raise UserError(f"device {device!r} was asked for, but torch sees no GPU here; use cpu or auto")
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
+def pick_dtype(dtype: str, device: str | torch.device) -> torch.dtype:
+    "The type by name; 'auto' is bfloat16 on hardware made for it (GPUs, processors with AVX-512 or AMX for it), else float32. UserError for another name."
+    if dtype not in ("auto", "float32", "bfloat16", "float16"): raise UserError(f"dtype {dtype!r} is unknown; use auto, float32, bfloat16 or float16")
+    if dtype != "auto": return getattr(torch, dtype)
+    known = torch.cpu.get_capabilities()
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if torch.device(device).type == "cuda" else known.get("avx512_bf16") or known.get("amx_bf16")
+    return torch.bfloat16 if native else torch.float32
+
 def open_backbone(source: str, layer: int = 0, max_length: int = 256, dtype: str = "float32", device: str = "auto") -> Backbone:
     "A causal LM by hub name or folder. UserError: no such folder or model, a damaged file, unknown dtype or device, layer out of range."
     path = resolve_path(source)
     if not path.exists() and (source.startswith((".", "/", "~")) or source.count("/") != 1): raise UserError(f"there is no model folder {source}; give a folder that holds config.json, or a hub name such as owner/model")
     if path.exists() and not (path / "config.json").exists(): raise UserError(f"there is no model in {path}; give a folder that holds config.json, or a hub name such as owner/model")
-    if dtype not in ("float32", "bfloat16", "float16"): raise UserError(f"dtype {dtype!r} is unknown; use float32, bfloat16 or float16")
     where, place = str(path) if path.exists() else source, pick_device(device)
+    kind = pick_dtype(dtype, place)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=getattr(torch, dtype)).to(place)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=kind).to(place)
     except (OSError, ValueError, SafetensorError) as e:
         raise UserError(f"the model {source} could not be opened: {str(e).strip().splitlines()[0]}") from e
     return Backbone(model, tokenizer, layer, max_length, source)

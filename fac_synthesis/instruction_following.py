@@ -24,7 +24,7 @@ from scipy.optimize import minimize
 from scipy.special import expit
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
-from .backbone import Backbone
+from .backbone import Backbone, pick_dtype
 from .baselines import Novelty
 from .corpora import as_text, data_root, read_rows
 from .experiment import UserError, progress, start
@@ -95,11 +95,11 @@ def sft_rows(tokenizer, rows: InstructionSet, max_length: int) -> Dataset:
     if len(fates): print(f"{rows.name}: of {len(rows.instructions)} rows {fates.get('cut', 0)} are cut to {max_length} tokens and {fates.get('left out', 0)} are left out, because the instruction alone fills them")
     return Dataset.from_list([prompt_completion(tokenizer, *pair) for pair in zip(rows.instructions, rows.responses)])
 
-# %% ../nbs/43_instruction_following.ipynb #8a3e9471
+# %% ../nbs/43_instruction_following.ipynb #3af820fc
 def sft_trainer(backbone: Backbone, rows: InstructionSet, settings: LoRASettings, seed: int, max_length: int, folder: str) -> SFTTrainer:
     "A trainer of a copy of the backbone with fresh adapters, drawn from `seed`; `folder` is for its files."
     tokenizer, data = copy.deepcopy(backbone.tokenizer), sft_rows(backbone.tokenizer, rows, max_length)
-    model = copy.deepcopy(backbone.model).to(getattr(torch, settings.dtype))
+    model = copy.deepcopy(backbone.model).to(pick_dtype(settings.dtype, backbone.device))
     general = training_arguments(settings, seed, backbone.device.type, folder).to_dict()
     arguments = SFTConfig(**{**general, "hub_token": None, "max_length": max_length, "truncation_mode": "keep_start", "completion_only_loss": True})
     adapters = LoraConfig(task_type="CAUSAL_LM", r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=projections(model))

@@ -19,7 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 from sklearn.pipeline import make_pipeline, make_union
 from transformers import AutoModelForSequenceClassification, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, get_scheduler
-from .backbone import Backbone, Tokens, chat_frame, decoder_layers, hidden_of, length_batches, pad, tokenize
+from .backbone import Backbone, Tokens, chat_frame, decoder_layers, hidden_of, length_batches, pad, pick_dtype, tokenize
 from .corpora import Corpora, draw
 from .experiment import UserError, progress, seed_everything, start
 from .feature_covered_samples import GENERATED, chosen_samples, read_samples, sample_budget
@@ -55,7 +55,7 @@ def training_set(method: str, corpora: Corpora, samples: pd.DataFrame, n: int) -
     added = chosen_samples(samples, method, n) if method not in ("Baseline", "Full Dataset") else samples.iloc[:0]
     return TrainingSet(method, texts + added.text.tolist(), labels + added.label.tolist())
 
-# %% ../nbs/40_toxicity_detection.ipynb #e4473739
+# %% ../nbs/40_toxicity_detection.ipynb #e7fd830c
 def padding_id(tokenizer) -> int:
     "An id to pad with that never ends a text: the pad token, else BOS, UNK or EOS. UserError if the tokenizer has none of them."
     after = tokenizer(chat_frame(tokenizer)[1], add_special_tokens=False)["input_ids"]
@@ -79,7 +79,7 @@ def classifier(backbone: Backbone, seed: int, dtype: str = "float32", num_labels
         with torch.device("meta"): model = AutoModelForSequenceClassification.from_config(config)
         model.score.weight.shape
     except (ValueError, AttributeError): raise UserError(f"{config.model_type} has no sequence classifier with a linear head 'score'; use a Llama, Mistral, Qwen2 or similar model") from None
-    body = copy.deepcopy(backbone.model.base_model).to(getattr(torch, dtype))
+    body = copy.deepcopy(backbone.model.base_model).to(pick_dtype(dtype, backbone.device))
     body.config = config
     setattr(model, model.base_model_prefix, body)
     model.score = fresh_head(backbone, seed, num_labels).to(backbone.device)

@@ -5,7 +5,7 @@ import numpy as np, pytest, torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from fac_synthesis import backbone as B
-from fac_synthesis.backbone import Backbone, decoder_layers, open_backbone, residual_stream, tiny_model, tokenize, train_language_model, word_tokenizer
+from fac_synthesis.backbone import Backbone, decoder_layers, open_backbone, pick_dtype, residual_stream, tiny_model, tokenize, train_language_model, word_tokenizer
 
 REAL = Path(os.environ["FAC_DATA_DIR"]).parent / "models" / "real-lm" if "FAC_DATA_DIR" in os.environ else None
 ARCHITECTURES = ["llama", "mistral", "qwen2", "gpt2", "gpt_neox", "phi"]
@@ -204,6 +204,13 @@ def test_trained_and_referenced_backbones_come_back_the_same(saved, texts, tmp_p
     assert (again.layer, again.max_length, again.source) == (2, 50, str(saved))
     for a, b in zip(referenced.residuals(texts), again.residuals(texts), strict=True): assert torch.equal(a.x_ND, b.x_ND)
     assert open_backbone(str(saved)).layer == 2, "0 is half depth"
+
+
+@pytest.mark.parametrize("known, kind", [({}, torch.float32), ({"avx512_f": True}, torch.float32), ({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": True}, torch.bfloat16)])
+def test_auto_dtype_follows_the_processor(known, kind, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    assert pick_dtype("auto", "cpu") == kind and pick_dtype("float16", "cpu") == torch.float16
+    with pytest.raises(B.UserError, match="dtype 'int3' is unknown; use auto, float32"): pick_dtype("int3", "cpu")
 
 
 @pytest.mark.parametrize("settings,said", [(dict(layer=5), "1 to 4"), (dict(layer=-1), "1 to 4"), (dict(dtype="int3"), "float32"), (dict(dtype="relu"), "float32"), (dict(dtype="nn"), "float32"),
