@@ -147,7 +147,7 @@ def _residuals(backbone: Backbone, texts: list[str], batch_tokens: int, special:
         first_B = torch.tensor([tokens[i].first for i in batch], device=row_N.device)
         yield Residuals(x_BTD[keep_BT].float(), torch.tensor(batch, device=row_N.device)[row_N], column_N - first_B[row_N], inputs["input_ids"][keep_BT], user_BT[keep_BT])
 
-# %% ../nbs/03_backbone.ipynb #05d12a6d
+# %% ../nbs/03_backbone.ipynb #6e27685b
 def _logits(backbone: Backbone, inputs: dict, keep_BT: torch.Tensor, edit) -> torch.Tensor:
     "Predictions of the kept tokens but the first of each row, (N, V), with the kept rows of the hook layer put through `edit`."
     def hook(module, args, output):
@@ -162,7 +162,7 @@ def _logits(backbone: Backbone, inputs: dict, keep_BT: torch.Tensor, edit) -> to
 def _edited_losses(backbone: Backbone, texts: list[str], edits: dict, batch_tokens: int, special: bool) -> dict[str, tuple[float, float]]:
     "name -> mean next-token cross-entropy and mean KL(first edit of the dict || this one), nats per token; an edit maps x_ND at the hook layer to what replaces it, None leaves it."
     tokens, count, sums = tokenize(backbone.tokenizer, texts, backbone.max_length), 0, {name: [0.0, 0.0] for name in edits}
-    for batch in length_batches([len(t.ids) for t in tokens], batch_tokens):
+    for batch in progress(length_batches([len(t.ids) for t in tokens], batch_tokens), f"losses of {len(edits)} variants", unit="batch"):
         inputs, keep_BT = pad([tokens[i] for i in batch], backbone.tokenizer.pad_token_id or 0, backbone.device)
         if special: keep_BT = inputs["attention_mask"].bool()
         target_N, first_NV = inputs["input_ids"][:, 1:][keep_BT[:, 1:]], None
