@@ -2,7 +2,8 @@
 import contextlib, http.server, json, os, signal, socket, subprocess, sys, threading, time, urllib.request
 import pytest, torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from fac_synthesis import language_models
 from fac_synthesis.experiment import UserError
 from fac_synthesis.language_models import (Endpoint, LanguageModel, LocalModel, PlannedSampling, Recorder, Replay, Sampling, ask_label, derived_seed, find_path,
     open_language_model, open_local_model, parse_label, planned_uniforms, prompt_ids, render, retry_delay, stop_ids)
@@ -35,6 +36,14 @@ def model():
 @pytest.fixture
 def tokenizer():
     return make_tokenizer()
+
+
+def other_model(kind):
+    "A model whose cache is of another kind: a window of three tokens beside full attention."
+    config = Gemma3TextConfig(vocab_size=len(SPECIAL + WORDS), hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=12, sliding_window=3,
+                              layer_types=["sliding_attention", "full_attention"], tie_word_embeddings=False, max_position_embeddings=64, initializer_range=0.4, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    torch.manual_seed(0)
+    return kind(config).eval()
 
 
 PROMPTS = [user(t) for t in ("red", "the cat sits on the dog and the bird sings", "one two three four five six seven", "a dog runs", "blue and green")]
@@ -80,6 +89,18 @@ def test_a_padded_batch_says_what_each_prompt_says_alone(model, tokenizer):
     assert len(set(map(str, want))) > 1
     for size in (1, 2, 8):
         assert LocalModel(model, tokenizer, batch_size=size).generate(PROMPTS, temperature=0, max_new_tokens=8) == want
+
+
+@pytest.mark.parametrize("window", [False, True])
+def test_answers_to_one_prompt_share_its_reading(model, tokenizer, window, monkeypatch):
+    lm, read = LocalModel(other_model(Gemma3ForCausalLM) if window else model, tokenizer), []
+    watch = lm.model.get_input_embeddings().register_forward_hook(lambda module, args, output: read.append(args[0].numel()))
+    draw = lambda: lm.generate(PROMPTS[1:3], n=4, max_new_tokens=6, seed=3)
+    shared, cost = draw(), sum(read); read.clear()
+    monkeypatch.setattr(language_models, "read_once", lambda *parts: {})
+    assert draw() == shared and len({text for texts in shared for text in texts}) > 2
+    assert cost < 0.6 * sum(read)
+    watch.remove()
 
 
 def test_same_seed_same_text_whatever_the_batch_and_order(model, tokenizer):
