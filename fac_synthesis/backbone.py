@@ -176,7 +176,7 @@ def _edited_losses(backbone: Backbone, texts: list[str], edits: dict, batch_toke
                 sums[name][1] += torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
     return {name: (ce / max(count, 1), kl / max(count, 1)) for name, (ce, kl) in sums.items()}
 
-# %% ../nbs/03_backbone.ipynb #eb4e4379
+# %% ../nbs/03_backbone.ipynb #784e7e9d
 def pick_device(device: str) -> str:
     "'auto' is cuda where there is one, else cpu. UserError for another name, or for a GPU that is not there."
     if device.split(":")[0] not in ("auto", "cpu", "cuda"): raise UserError(f"device {device!r} is unknown; use auto, cpu or cuda")
@@ -191,6 +191,7 @@ def pick_dtype(dtype: str, device: str | torch.device) -> torch.dtype:
     native = torch.cuda.is_bf16_supported(including_emulation=False) if torch.device(device).type == "cuda" else known.get("avx512_bf16") or known.get("amx_bf16")
     return torch.bfloat16 if native else torch.float32
 
+# %% ../nbs/03_backbone.ipynb #0045ed1d
 def open_backbone(source: str, layer: int = 0, max_length: int = 256, dtype: str = "float32", device: str = "auto") -> Backbone:
     "A causal LM by hub name or folder. UserError: no such folder or model, a damaged file, unknown dtype or device, layer out of range."
     path = resolve_path(source)

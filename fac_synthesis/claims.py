@@ -97,7 +97,7 @@ def decide(gaps: dict[str, Difference], told: str, absent: list[str] = (), also:
     text = "; ".join(filter(None, [told, many if len(gaps) > 3 else ", ".join(f"{name} {g}" for name, g in gaps.items()), f"no value for {', '.join(absent)}" if absent else ""]))
     return Judged(all_of([*(g.verdict for g in gaps.values()), *also]), text, len(gaps))
 
-# %% ../nbs/91_claims.ipynb #cba1a393
+# %% ../nbs/91_claims.ipynb #a34d1498
 def by_seed(frame: pd.DataFrame, what: str, value: str = "value", scale: float = 1, **where) -> pd.Series:
     "Values by seed of the rows where every column of `where` has its value. NotTestable, saying `what`, if there is none."
     some = frame[np.logical_and.reduce([frame[k] == v for k, v in where.items()])] if len(frame) else frame
@@ -130,6 +130,7 @@ def best_method(evidence: Evidence, columns: list[str], trainings: tuple[str, ..
         told.append(f"{all_of([g.verdict for g in others.values()])} if Full Dataset, which has more samples, is {how}")
     return decide(gaps, "; ".join([*(t for t in trainings if t != "steering"), *told]), absent)
 
+# %% ../nbs/91_claims.ipynb #f175d7cf
 def lora_beats_head(evidence: Evidence) -> Judged:
     "Does LoRA beat the head alone on Ours, toxicity and reward (claim C11)?"
     gaps, told, absent = {}, [], []
