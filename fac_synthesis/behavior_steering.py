@@ -71,10 +71,10 @@ def open_items(tokenizer, items: list[dict], max_length: int = 1024) -> list[Ope
         if len(options[0][0]) >= max_length: raise UserError(f"item {n + 1} has {len(options[0][0]) + 1} tokens with its template, but max_length is {max_length}; raise it, or leave the item out")
     return [Opened(Tokens(o[0][0], o[0][1], len(o[0][0]), []), [letter for _, _, letter in o]) for o in found]
 
-# %% ../nbs/42_behavior_steering.ipynb #f08631b6
+# %% ../nbs/42_behavior_steering.ipynb #b5f51a7c
 def check_layer(backbone: Backbone, layer: int) -> int:
-    "The layer. UserError if the model has none of that number."
-    depth = len(decoder_layers(backbone.model))
+    "The layer, the backbone's hook layer for 0. UserError if the model has none of that number."
+    layer, depth = layer or backbone.layer, len(decoder_layers(backbone.model))
     if not 1 <= layer <= depth: raise UserError(f"layer {layer} is out of range: this model has layers 1 to {depth}")
     return layer
 
@@ -85,7 +85,7 @@ def letter_numbers(item: dict) -> tuple[int, int]:
 @torch.no_grad()
 def differences(backbone: Backbone, items: list[dict], layer: int, max_length: int = 1024, batch_tokens: int = 8192) -> torch.Tensor:
     "d_ND: per item the residual after block `layer` (1-based) at the matching letter minus that at the other letter; at least float32."
-    check_layer(backbone, layer)
+    layer = check_layer(backbone, layer)
     opened = [(o.tokens.ids, o.letters[k]) for item, o in zip(items, open_items(backbone.tokenizer, items, max_length)) for k in letter_numbers(item)]
     rows, states = [Tokens(ids + [letter], len(ids), len(ids) + 1, []) for ids, letter in opened], {}
     for batch in length_batches([len(t.ids) for t in rows], batch_tokens):
@@ -120,7 +120,7 @@ def steering(model, layer: int, shift_BD: torch.Tensor, keep_BT: torch.Tensor | 
     try: yield
     finally: handle.remove()
 
-# %% ../nbs/42_behavior_steering.ipynb #29313cf2
+# %% ../nbs/42_behavior_steering.ipynb #f2b117c7
 def steered_logits(model, tokens: list[Tokens], shifts_SD: torch.Tensor, layer: int, pad_id: int) -> torch.Tensor:
     "logits_BSV after the last token of each prompt, one for every shift; all prompts have equally many steered tokens."
     prompt, _ = pad([t._replace(ids=t.ids[:t.first]) for t in tokens], pad_id, model.device)
@@ -138,7 +138,7 @@ def steered_logits(model, tokens: list[Tokens], shifts_SD: torch.Tensor, layer: 
 @torch.no_grad()
 def letter_log_probabilities(backbone: Backbone, items: list[dict], shifts_SD: torch.Tensor, layer: int, max_length: int = 1024, batch_tokens: int = 8192) -> list[torch.Tensor]:
     "Per item logp_SL: log-probability of every option's letter right after the opened answer, renormalised over the letters, for every shift."
-    check_layer(backbone, layer)
+    layer = check_layer(backbone, layer)
     opened, result = open_items(backbone.tokenizer, items, max_length), {}
     for n_answer in sorted({o.tokens.last - o.tokens.first for o in opened}):
         group = [i for i, o in enumerate(opened) if o.tokens.last - o.tokens.first == n_answer]

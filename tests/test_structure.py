@@ -134,7 +134,9 @@ def test_the_front_page_lists_every_notebook():
 @pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "nbs/profiles").glob("*.yaml")))
 def test_profiles_name_existing_parameters_and_right_types(name):
     for stage, values in load_profile(name).items():
-        for parameter, value in values.items(): coerce(value, declared_parameters(stage)[parameter]["kind"], f"{parameter} of {stage}")
+        for parameter, value in values.items():
+            declared = declared_parameters(stage)[parameter]
+            assert coerce(value, declared["kind"], f"{parameter} of {stage}") != declared["default"], f"{parameter} of {stage}: only what differs from the default stands in a profile"
 
 def test_the_two_configurations_agree():
     ini = configparser.ConfigParser(); ini.read(ROOT / "settings.ini"); ini = ini["DEFAULT"]
