@@ -115,7 +115,8 @@ def test_the_hook_is_gone_even_after_an_exception():
             1 / 0
     with pytest.raises(RuntimeError): letter_log_probabilities(b, ITEMS, torch.ones(2, 5), 2)  # a shift of the wrong width fails inside the forward pass
     assert hooks() == [0, 0, 0]
-    for layer in (0, 4, -1):
+    assert torch.equal(differences(b, ITEMS, 0), differences(b, ITEMS, b.layer)), "0 is the backbone's hook layer"
+    for layer in (4, -1):
         with pytest.raises(UserError, match=f"layer {layer} is out of range: this model has layers 1 to 3"): letter_log_probabilities(b, ITEMS, torch.ones(1, 32), layer)
         with pytest.raises(UserError, match="out of range"): differences(b, ITEMS, layer)
 
