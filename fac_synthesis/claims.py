@@ -360,7 +360,7 @@ NEEDS = {"a training set 150 times larger than Ours; here all synthesized sets h
          "relevance labels of three model families": "C41", "reasoning benchmarks, and training on three backbones": "C42"}
 REASONS = {claim: need for need, claims in NEEDS.items() for claim in claims.split()}
 
-# %% ../nbs/91_claims.ipynb #11c69948
+# %% ../nbs/91_claims.ipynb #add1bab8
 def judge(claims: pd.DataFrame, evidence: Evidence) -> pd.DataFrame:
     "One row per claim: id, verdict, the numbers that decide it (or why nothing can), comparisons, claim, published value and where."
     rows = []
@@ -372,7 +372,8 @@ def judge(claims: pd.DataFrame, evidence: Evidence) -> pd.DataFrame:
 
 def claims_page(judged: pd.DataFrame, how: Interval, note: str = "") -> str:
     "claims.md: the rule, how many claims got which verdict from how many intervals, all claims. Deterministic."
-    counts = ", ".join(f"{(judged.verdict == v).sum()} {v}" for v in (HOLDS, FAILS, OPEN, UNTESTED))
+    plural = {HOLDS: "hold", FAILS: "do not hold", OPEN: "are not decided", UNTESTED: "cannot be tested in this run"}
+    counts = ", ".join(f"{(judged.verdict == v).sum()} {words}" for v, words in plural.items())
     drawn, n = int((judged.verdict != UNTESTED).sum()), int(judged.comparisons.sum())
     kind = "Student's t over the paired seeds" if how.kind == "student" else f"bootstrap over the paired seeds, {how.n_bootstrap} resamples"
     return "\n".join(filter(None, ["# Claims of the paper in this run\n", note + "\n" if note else "", f"Of {len(judged)} claims: {counts}.\n",
@@ -386,8 +387,8 @@ def claims_page(judged: pd.DataFrame, how: Interval, note: str = "") -> str:
         "Seeds vary the training only (steering: the draw of the seed items): test set and samples are the same for all.",
         "A claim about several tasks or methods is judged on those that ran; the text names them. Scores are in percent.\n", markdown_table(judged)]))
 
-# %% ../nbs/91_claims.ipynb #29ce7e79
-ELSEWHERE = {"Figure 2": "a diagram", "Figure 10": "no picture: the sd over seeds stands in Table 1, claim C40 judges it", "Figure 17": REASONS["C18"], **{f"Table {i}": "worded examples; Table 2 shows those of this run" for i in (16, 17, 18, 19)}}
+# %% ../nbs/91_claims.ipynb #ab4191e9
+ELSEWHERE = {"Figure 2": "a diagram", "Figure 10": "no picture: the sd over seeds stands in Table 1, claim C40 judges it", "Figure 17": f"needs {REASONS['C18']}", **{f"Table {i}": "worded examples; Table 2 shows those of this run" for i in (16, 17, 18, 19)}}
 
 def items_table(files: dict[str, list[str]], index: pd.DataFrame, claims: pd.DataFrame) -> pd.DataFrame:
     "One row per table and figure of the paper: title, what is published of it, stage and files of this run, note. files: stage -> paths."
