@@ -132,7 +132,8 @@ def test_the_front_page_lists_every_notebook():
     for command in re.findall(r"^(?:FAC_\w+=\S+ )?make (\w+)", text, re.M): assert re.search(rf"^{command}:", (ROOT / "Makefile").read_text(), re.M), command
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "nbs/profiles").glob("*.yaml")))
-def test_profiles_name_existing_parameters_and_right_types(name):
+def test_profiles_name_existing_parameters_and_right_types(name, monkeypatch):
+    monkeypatch.setenv("FAC_DATA_DIR", "data")
     for stage, values in load_profile(name).items():
         for parameter, value in values.items():
             declared = declared_parameters(stage)[parameter]
