@@ -338,11 +338,12 @@ def seeds_matter_little(evidence: Evidence) -> Judged:
     gaps = {f"SE minus sd of {name}": Difference(se.mean() - v.std(), se.mean() - spread(v)[1], se.mean() - spread(v)[0]) for name, v in (("LC", lc), ("WR", wr))}
     return decide(gaps, f"Ours: LC {said(lc)}, WR {said(wr)}, SE {said(se)}")
 
-# %% ../nbs/91_claims.ipynb #feed736c
+# %% ../nbs/91_claims.ipynb #28209f3f
 VERDICTS: dict[str, Callable[[Evidence], Judged]] = dict(
     C01=fac_predicts, C02=fac_predicts_elsewhere, C03=fac_leads, C04=diversity_fails,
     C05=lambda e: best_method(e, ["toxicity_auprc"], equal_budgets=True), C06=lambda e: best_method(e, ["reward_accuracy"], equal_budgets=True),
-    C07=lambda e: best_method(e, ["sycophancy_scr", "survival_scr"]), C08=lambda e: best_method(e, ["instruction_lc", "instruction_wr"], equal_budgets=True), C10=lambda e: best_method(e, ["toxicity_auprc", "reward_accuracy"], ("head only",)), C11=lora_beats_head,
+    C07=lambda e: best_method(e, ["sycophancy_scr", "survival_scr"]), C08=lambda e: best_method(e, ["instruction_lc", "instruction_wr"], equal_budgets=True),
+    C10=lambda e: best_method(e, ["toxicity_auprc", "reward_accuracy"], ("head only",)), C11=lora_beats_head,
     C12=lambda e: shares_rise(e, ["toxicity_auprc"], (ONE_EACH, FIXED)), C13=covering_beats_repeating,
     C14=lambda e: shares_rise(e, ["reward_accuracy", "sycophancy_scr", "survival_scr", "instruction_lc", "instruction_wr"], (ONE_EACH,)),
     C15=two_steps_cover_more, C16=coverage_never_rises, C25=threshold_counts, C26=lowest_threshold_best, C27=more_samples_help_less,

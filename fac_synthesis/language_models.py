@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['ROLES', 'FIELD', 'NEGATION', 'START', 'END', 'OPENING_END', 'LONGEST_WAIT', 'derived_seed', 'request_key', 'Sampling',
            'check_conversations', 'LanguageModel', 'parse_label', 'ask_label', 'render', 'prompt_ids', 'stop_ids',
-           'PlannedSampling', 'planned_uniforms', 'left_pad', 'read_once', 'generate_ids', 'LocalModel',
-           'evaluation_mode', 'failure_kind', 'cannot_connect', 'retry_delay', 'Reply', 'BadReply', 'read_reply',
-           'with_retries', 'AnswerCache', 'Usage', 'is_loopback', 'open_client', 'explain', 'CallState', 'send_request',
-           'fetch', 'fetch_all', 'Endpoint', 'replay_key', 'read_records', 'read_record', 'Replay', 'Recorder',
-           'mend_last_line', 'find_path', 'open_local_model', 'open_language_model']
+           'PlannedSampling', 'planned_uniforms', 'left_pad', 'greedy_search', 'read_once', 'generate_ids',
+           'LocalModel', 'evaluation_mode', 'failure_kind', 'cannot_connect', 'retry_delay', 'Reply', 'BadReply',
+           'read_reply', 'with_retries', 'AnswerCache', 'Usage', 'is_loopback', 'open_client', 'explain', 'CallState',
+           'send_request', 'fetch', 'fetch_all', 'Endpoint', 'replay_key', 'read_records', 'read_record', 'Replay',
+           'Recorder', 'mend_last_line', 'find_path', 'open_local_model', 'open_language_model']
 
 # %% ../nbs/04_language_models.ipynb #73af57b7
 import contextlib, dataclasses, hashlib, json, os, random, re, threading, time
@@ -152,7 +152,7 @@ def planned_uniforms(seeds: list[int], steps: int) -> torch.Tensor:
     "(rows, steps) numbers in [0, 1), each row from its own seed."
     return torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(s)) for s in seeds])
 
-# %% ../nbs/04_language_models.ipynb #ef49b127
+# %% ../nbs/04_language_models.ipynb #cdd0b888
 def left_pad(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
     "(ids, attention mask), both (rows, longest): the padding stands on the left and is masked."
     longest = max(map(len, rows))
@@ -160,10 +160,13 @@ def left_pad(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tenso
     mask_BT = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
     return ids_BT, mask_BT
 
+def greedy_search(steps: int, stops: list[int], pad: int, **more) -> GenerationConfig:
+    "Plain greedy search, stated in full, because the model's own generation_config fills whatever is left open."
+    return GenerationConfig(max_new_tokens=steps, do_sample=False, num_beams=1, repetition_penalty=1.0, temperature=1.0, top_p=1.0, top_k=50, eos_token_id=stops or None, pad_token_id=pad, **more)
+
 def read_once(model, ids_UT: torch.Tensor, mask_UT: torch.Tensor, which_B: torch.Tensor, pad: int) -> dict:
     "What `generate` is given so that rows with one prompt share its reading: the cache of all tokens but the last, one row per answer; nothing where the model's cache cannot be copied by row."
-    config = GenerationConfig(max_new_tokens=1, do_sample=False, pad_token_id=pad, return_dict_in_generate=True)
-    cache = model.generate(input_ids=ids_UT[:, :-1], attention_mask=mask_UT[:, :-1], generation_config=config).past_key_values
+    cache = model.generate(input_ids=ids_UT[:, :-1], attention_mask=mask_UT[:, :-1], generation_config=greedy_search(1, [], pad, return_dict_in_generate=True)).past_key_values
     if not hasattr(cache, "batch_select_indices"): return {}
     cache.batch_select_indices(which_B)
     return {"past_key_values": cache}
@@ -179,9 +182,7 @@ def generate_ids(model, rows: list[list[int]], seeds: list[int], sampling: Sampl
     if sampling.temperature > 0:
         uniforms_BT = planned_uniforms(seeds, sampling.max_new_tokens).to(model.device)
         processors += [PlannedSampling(uniforms_BT, ids_BT.shape[1], sampling.temperature, sampling.top_p)]
-    # plain greedy search, stated in full, because the model's own generation_config fills whatever is left open
-    config = GenerationConfig(max_new_tokens=sampling.max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0, temperature=1.0,
-                              top_p=1.0, top_k=50, eos_token_id=stops or None, pad_token_id=pad, return_dict_in_generate=False)
+    config = greedy_search(sampling.max_new_tokens, stops, pad, return_dict_in_generate=False)
     out_BT = model.generate(input_ids=ids_BT, attention_mask=mask_BT, generation_config=config, logits_processor=processors, **known)
     new = out_BT[:, ids_BT.shape[1]:].tolist()
     return [row[:next((i for i, t in enumerate(row) if t in stops), len(row))] for row in new]

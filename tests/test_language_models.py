@@ -38,12 +38,12 @@ def tokenizer():
     return make_tokenizer()
 
 
-def other_model(kind):
+def model_with_a_window():
     "A model whose cache is of another kind: a window of three tokens beside full attention."
     config = Gemma3TextConfig(vocab_size=len(SPECIAL + WORDS), hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=12, sliding_window=3,
                               layer_types=["sliding_attention", "full_attention"], tie_word_embeddings=False, max_position_embeddings=64, initializer_range=0.4, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     torch.manual_seed(0)
-    return kind(config).eval()
+    return Gemma3ForCausalLM(config).eval()
 
 
 PROMPTS = [user(t) for t in ("red", "the cat sits on the dog and the bird sings", "one two three four five six seven", "a dog runs", "blue and green")]
@@ -93,10 +93,12 @@ def test_a_padded_batch_says_what_each_prompt_says_alone(model, tokenizer):
 
 @pytest.mark.parametrize("window", [False, True])
 def test_answers_to_one_prompt_share_its_reading(model, tokenizer, window, monkeypatch):
-    lm, read = LocalModel(other_model(Gemma3ForCausalLM) if window else model, tokenizer), []
+    lm, read = LocalModel(model_with_a_window() if window else model, tokenizer), []
     watch = lm.model.get_input_embeddings().register_forward_hook(lambda module, args, output: read.append(args[0].numel()))
     draw = lambda: lm.generate(PROMPTS[1:3], n=4, max_new_tokens=6, seed=3)
     shared, cost = draw(), sum(read); read.clear()
+    monkeypatch.setattr(lm.model.generation_config, "num_beams", 2)  # a model's own settings change nothing
+    assert draw() == shared; read.clear()
     monkeypatch.setattr(language_models, "read_once", lambda *parts: {})
     assert draw() == shared and len({text for texts in shared for text in texts}) > 2
     assert cost < 0.6 * sum(read)
