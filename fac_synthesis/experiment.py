@@ -397,7 +397,7 @@ def _figure(run: Run, figure, name: str, data: pd.DataFrame | None = None):
         run.files[str(file.relative_to(run.dir))] = _digest(file)
     return figure
 
-# %% ../nbs/00_experiment.ipynb #4b578522
+# %% ../nbs/00_experiment.ipynb #544a887a
 def peak_memory_mb() -> float:
     "Peak resident memory of this process, in MB."
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -408,7 +408,7 @@ def _finish(run: Run, metrics: dict) -> pd.DataFrame:
                   files=run.files, reads=run.reads, versions=package_versions(), metrics=metrics,
                   seconds=round(time.monotonic() - run._began, 1), peak_mb=round(peak_memory_mb()))
     write_atomic(run.dir / "stages" / f"{run.stage}.json", json.dumps(record, indent=1, default=float))
-    return pd.DataFrame({run.stage: {k: v for k, v in metrics.items() if not isinstance(v, (dict, list))}}, dtype=object)
+    return pd.Series({k: v for k, v in metrics.items() if not isinstance(v, (dict, list))}, dtype=object, name=run.stage).to_frame()
 
 def stamp(path: str | Path) -> list:
     "Size and modification time of a file, or of every file below a folder: cheap evidence that it did not change."

@@ -222,7 +222,8 @@ def test_stages_find_each_other_by_record(project):
     assert stage_output("00_first", "numbers") == [1, 2]
     with pytest.raises(UserError, match="00_first leaves no 'letters'"): stage_output("00_first", "letters")
     with pytest.raises(UserError, match="10_second has not run in profile mini"): stage_output("10_second", "sum")
-    second.cached("sum", lambda work: 3); second.finish()
+    second.cached("sum", lambda work: 3); shown = second.finish({"n": 2, "share": 0.5, "curve": [1]})
+    assert [repr(v) for v in shown["10_second"]] == ["2", "0.5"], "a count stays a count"
     record = stage_record("10_second", "mini")
     assert set(record["inputs"]) == {"00_first/numbers", "00_first/parameters"} and set(record["outputs"]) == {"sum"} and record["peak_mb"] > 0
     (project / "results/mini/stages/10_second.json").write_text("{")
