@@ -1,28 +1,56 @@
 "Backbones: exact residuals of any architecture, the user's tokens under any template, opening, saving, and training that survives a kill."
-import json, os, signal, subprocess, sys
-from pathlib import Path
-import numpy as np, pytest, torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
-from fac_synthesis import backbone as B
-from fac_synthesis.backbone import Backbone, decoder_layers, open_backbone, pick_dtype, residual_stream, tiny_model, tokenize, train_language_model, word_tokenizer
 
-REAL = Path(os.environ["FAC_DATA_DIR"]).parent / "models" / "real-lm" if "FAC_DATA_DIR" in os.environ else None
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fac_synthesis.models.backbone import (
+    Backbone,
+    decoder_layers,
+    open_backbone,
+    pick_dtype,
+    residual_stream,
+    tiny_model,
+    tokenize,
+    train_language_model,
+    word_tokenizer,
+)
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from fac_synthesis import backbone as B
+
+REAL = (
+    Path(os.environ["FAC_DATA_DIR"]).parent / "models" / "real-lm" if "FAC_DATA_DIR" in os.environ else None
+)
 ARCHITECTURES = ["llama", "mistral", "qwen2", "gpt2", "gpt_neox", "phi"]
 
 
 def toy(kind: str, vocab: int = 60, layers: int = 4):
-    names = dict(n_embd=32, n_layer=layers, n_head=4) if kind == "gpt2" else dict(hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4)
-    if kind in ("llama", "mistral", "qwen2"): names["num_key_value_heads"] = 2
+    names = (
+        dict(n_embd=32, n_layer=layers, n_head=4)
+        if kind == "gpt2"
+        else dict(hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4)
+    )
+    if kind in ("llama", "mistral", "qwen2"):
+        names["num_key_value_heads"] = 2
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=vocab, **names)).eval()
 
 
 def hidden_states(model, ids_BT, **more):
-    with torch.no_grad(): return model(ids_BT, output_hidden_states=True, **more).hidden_states
+    with torch.no_grad():
+        return model(ids_BT, output_hidden_states=True, **more).hidden_states
 
 
 # --- residuals -------------------------------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_residuals_are_the_models_own_hidden_states(kind, words, texts):
@@ -32,10 +60,15 @@ def test_residuals_are_the_models_own_hidden_states(kind, words, texts):
         for r in Backbone(model, words, layer).residuals(texts, batch_tokens=40):
             for i in r.text_N.unique().tolist():
                 t = tokenize(words, [texts[i]], 256)[0]
-                own_TD = hidden_states(model, torch.tensor([t.ids]))[layer][0, t.first:t.last]
+                own_TD = hidden_states(model, torch.tensor([t.ids]))[layer][0, t.first : t.last]
                 rows = r.text_N == i
-                assert r.position_N[rows].tolist() == list(range(len(own_TD))) and r.token_N[rows].tolist() == t.ids[t.first:t.last]
-                assert (r.x_ND[rows] - own_TD).abs().max() < 1e-6, "a text in a padded batch reads as it does alone"
+                assert (
+                    r.position_N[rows].tolist() == list(range(len(own_TD)))
+                    and r.token_N[rows].tolist() == t.ids[t.first : t.last]
+                )
+                assert (r.x_ND[rows] - own_TD).abs().max() < 1e-6, (
+                    "a text in a padded batch reads as it does alone"
+                )
                 seen += 1
         assert seen == len(texts)
 
@@ -43,11 +76,14 @@ def test_residuals_are_the_models_own_hidden_states(kind, words, texts):
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_layers_above_the_hook_layer_do_not_run(kind):
     model, ran = toy(kind), []
-    for i, block in enumerate(B.decoder_layers(model), 1): block.register_forward_hook(lambda m, a, o, i=i: ran.append(i))
+    for i, block in enumerate(B.decoder_layers(model), 1):
+        block.register_forward_hook(lambda m, a, o, i=i: ran.append(i))
     model.get_output_embeddings().register_forward_hook(lambda m, a, o: ran.append("head"))
-    with torch.no_grad(): residual_stream(model, 3, input_ids=torch.tensor([[1, 2]]))
+    with torch.no_grad():
+        residual_stream(model, 3, input_ids=torch.tensor([[1, 2]]))
     assert ran == [1, 2, 3]
-    with torch.no_grad(): model(torch.tensor([[1, 2]]))
+    with torch.no_grad():
+        model(torch.tensor([[1, 2]]))
     assert ran == [1, 2, 3, 1, 2, 3, 4, "head"], "and the hook is gone afterwards"
 
 
@@ -55,22 +91,40 @@ def test_layer_1_is_the_first_block():
     model, ids = toy("llama"), torch.tensor([[3, 4, 5]])
     seen = []
     model.model.layers[0].register_forward_hook(lambda m, a, o: seen.append(B.hidden_of(o)))
-    with torch.no_grad(): x = residual_stream(model, 1, input_ids=ids)
-    assert torch.equal(x, seen[0]) and torch.equal(x, hidden_states(model, ids)[1]) and not torch.equal(x, hidden_states(model, ids)[0])
+    with torch.no_grad():
+        x = residual_stream(model, 1, input_ids=ids)
+    assert (
+        torch.equal(x, seen[0])
+        and torch.equal(x, hidden_states(model, ids)[1])
+        and not torch.equal(x, hidden_states(model, ids)[0])
+    )
 
 
 class OldStyle(torch.nn.Module):
     "A decoder block that returns a tuple, as blocks did for years."
-    def __init__(self, block): super().__init__(); self.block = block
-    def forward(self, *args, **more): return (self.block(*args, **more), None)
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args, **more):
+        return (self.block(*args, **more), None)
 
 
 def test_blocks_that_return_tuples(words, texts):
     plain, tuples = Backbone(toy("llama"), words, 2), Backbone(toy("llama"), words, 2)
     tuples.model.model.layers[1] = OldStyle(tuples.model.model.layers[1])
-    for a, b in zip(plain.residuals(texts), tuples.residuals(texts), strict=True): assert torch.equal(a.x_ND, b.x_ND)
-    tuples.model.model.layers[2].forward, inner = (lambda x, *a, **k: inner(x[0] if isinstance(x, tuple) else x, *a, **k)), tuples.model.model.layers[2].forward
-    assert tuples.token_losses(texts, lambda x: x * 0.5) == plain.token_losses(texts, lambda x: x * 0.5) != plain.token_losses(texts)
+    for a, b in zip(plain.residuals(texts), tuples.residuals(texts), strict=True):
+        assert torch.equal(a.x_ND, b.x_ND)
+    tuples.model.model.layers[2].forward, inner = (
+        (lambda x, *a, **k: inner(x[0] if isinstance(x, tuple) else x, *a, **k)),
+        tuples.model.model.layers[2].forward,
+    )
+    assert (
+        tuples.token_losses(texts, lambda x: x * 0.5)
+        == plain.token_losses(texts, lambda x: x * 0.5)
+        != plain.token_losses(texts)
+    )
 
 
 def test_bfloat16_model_gives_float32(words, texts, tmp_path):
@@ -87,8 +141,11 @@ def test_token_losses_are_the_models_cross_entropy(backbone, texts):
     total = count = 0
     for text in texts:
         t = tokenize(backbone.tokenizer, [text], 256)[0]
-        with torch.no_grad(): logits = backbone.model(torch.tensor([t.ids])).logits[0].log_softmax(-1)
-        for p in range(t.first, t.last): total -= logits[p - 1, t.ids[p]].item(); count += 1
+        with torch.no_grad():
+            logits = backbone.model(torch.tensor([t.ids])).logits[0].log_softmax(-1)
+        for p in range(t.first, t.last):
+            total -= logits[p - 1, t.ids[p]].item()
+            count += 1
     assert backbone.token_losses(texts, batch_tokens=30) == pytest.approx(total / count, abs=1e-5)
 
 
@@ -97,18 +154,32 @@ def test_edited_losses_are_the_models_cross_entropy_and_divergence_over_all_toke
     for text in texts:
         ids = torch.tensor([tokenize(backbone.tokenizer, [text], 256)[0].ids])
         log_p = backbone.model(ids).logits[0].detach().log_softmax(-1)
-        handle = decoder_layers(backbone.model)[backbone.layer - 1].register_forward_hook(lambda m, a, out: (edit(out[0]), *out[1:]) if isinstance(out, tuple) else edit(out))
+        handle = decoder_layers(backbone.model)[backbone.layer - 1].register_forward_hook(
+            lambda m, a, out: (edit(out[0]), *out[1:]) if isinstance(out, tuple) else edit(out)
+        )
         log_q = backbone.model(ids).logits[0].detach().log_softmax(-1)
         handle.remove()
-        for p in range(len(ids[0]) - 1): sums += [-log_p[p, ids[0, p + 1]].item(), -log_q[p, ids[0, p + 1]].item(), (log_p[p].exp() * (log_p[p] - log_q[p])).sum().item()]; count += 1
+        for p in range(len(ids[0]) - 1):
+            sums += [
+                -log_p[p, ids[0, p + 1]].item(),
+                -log_q[p, ids[0, p + 1]].item(),
+                (log_p[p].exp() * (log_p[p] - log_q[p])).sum().item(),
+            ]
+            count += 1
     got = backbone.edited_losses(texts, dict(original=None, edited=edit), batch_tokens=30, special=True)
-    assert [got["original"][0], *got["edited"]] == pytest.approx((sums / count).tolist(), abs=1e-4) and got["original"][1] == 0 < got["edited"][1]
+    assert [got["original"][0], *got["edited"]] == pytest.approx((sums / count).tolist(), abs=1e-4) and got[
+        "original"
+    ][1] == 0 < got["edited"][1]
 
 
 def test_special_residuals_hold_the_template_too(backbone, texts):
     (every,), (user,) = (list(backbone.residuals(texts, special=special)) for special in (True, False))
     assert len(every.x_ND) == sum(len(t.ids) for t in tokenize(backbone.tokenizer, texts, 256))
-    assert torch.equal(every.x_ND[every.user_N], user.x_ND) and torch.equal(every.position_N[every.user_N], user.position_N) and user.user_N.all()
+    assert (
+        torch.equal(every.x_ND[every.user_N], user.x_ND)
+        and torch.equal(every.position_N[every.user_N], user.position_N)
+        and user.user_N.all()
+    )
 
 
 def test_batches_hold_every_text_once_and_stay_within_the_budget():
@@ -120,13 +191,21 @@ def test_batches_hold_every_text_once_and_stay_within_the_budget():
 
 # --- templates -------------------------------------------------------------------------------------------------------------------------------
 
-PROSE = ["The quick brown fox can't jump over naïve cafés.", "Tea — 茶 — costs 3.50€ (or more), doesn't it? 🎉", "first the spray , then the stencil , then the wall", "open the lock with a key"]
+PROSE = [
+    "The quick brown fox can't jump over naïve cafés.",
+    "Tea — 茶 — costs 3.50€ (or more), doesn't it? 🎉",
+    "first the spray , then the stencil , then the wall",
+    "open the lock with a key",
+]
 TEMPLATES = {
     "system text before, suffix after": "{{ bos_token }}<|turn|>system\nYou are kind.<|end|>{% for m in messages %}<|turn|>{{ m.role }}\n{{ m.content | trim }}<|end|>{% endfor %}",
     "instruction marks": "{{ bos_token }}{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}",
     "text glued to the marks": "{{ bos_token }}{% for m in messages %}<|turn|>{{ m.content }}<|end|>{% endfor %}",
     "nothing after": "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}",
-    "several templates": {"default": "{{ bos_token }}{% for m in messages %}<|turn|>{{ m.content }}<|end|>{% endfor %}", "tool_use": "x"},
+    "several templates": {
+        "default": "{{ bos_token }}{% for m in messages %}<|turn|>{{ m.content }}<|end|>{% endfor %}",
+        "tool_use": "x",
+    },
     "none": None,
 }
 
@@ -135,9 +214,27 @@ def byte_tokenizer(template=None, trim: bool = False) -> PreTrainedTokenizerFast
     "A byte-level BPE tokenizer that adds <s> by itself, as Llama's does."
     core = Tokenizer(models.BPE())
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    core.train_from_iterator(PROSE * 3, trainers.BpeTrainer(vocab_size=340, special_tokens=["<s>", "<|turn|>", "<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    core.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=trim), processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])])
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", additional_special_tokens=["<|turn|>", "<|end|>"], chat_template=template)
+    core.train_from_iterator(
+        PROSE * 3,
+        trainers.BpeTrainer(
+            vocab_size=340,
+            special_tokens=["<s>", "<|turn|>", "<|end|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    core.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=trim),
+            processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)]),
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        additional_special_tokens=["<|turn|>", "<|end|>"],
+        chat_template=template,
+    )
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -146,8 +243,11 @@ def test_the_users_tokens_are_found_under_any_template(name):
     for text in [*PROSE, f"  {PROSE[0]}\n"]:
         t = tokenize(tokenizer, [text], 256)[0]
         assert t.ids.count(tokenizer.bos_token_id) == 1 and t.ids[0] == tokenizer.bos_token_id
-        assert tokenizer.decode(t.ids[t.first:t.last]).strip() == text.strip()
-        assert all(text.strip() not in tokenizer.decode(t.ids[a:b]) for a, b in ((t.first + 1, None), (None, t.last - 1)))
+        assert tokenizer.decode(t.ids[t.first : t.last]).strip() == text.strip()
+        assert all(
+            text.strip() not in tokenizer.decode(t.ids[a:b])
+            for a, b in ((t.first + 1, None), (None, t.last - 1))
+        )
 
 
 @pytest.mark.parametrize("trim", [True, False])
@@ -162,7 +262,8 @@ def test_characters_match_words_with_a_byte_level_tokenizer(trim):
         assert all(a <= c and z <= d for (a, z), (c, d) in zip(places, places[1:])), "in reading order"
         for token, (a, z) in zip(r.token_N.tolist(), places):
             written = b.tokenizer.decode([token])
-            if "\ufffd" not in written: assert written.strip() == text[a:z].strip(), "a token's characters are the ones it stands for"
+            if "\ufffd" not in written:
+                assert written.strip() == text[a:z].strip(), "a token's characters are the ones it stands for"
 
 
 def test_a_template_that_hides_the_text_is_refused(words, refused):
@@ -175,9 +276,16 @@ def test_a_template_that_hides_the_text_is_refused(words, refused):
 def test_truncation_keeps_the_beginning_of_the_text(words, refused):
     text = "first the spray , then the stencil"
     whole, cut = (tokenize(words, [text], n)[0] for n in (99, 6))
-    assert len(cut.ids) == 6 and cut.ids == whole.ids[:6] and cut.characters == whole.characters[:4] and (cut.first, cut.last) == (2, 6)
+    assert (
+        len(cut.ids) == 6
+        and cut.ids == whole.ids[:6]
+        and cut.characters == whole.characters[:4]
+        and (cut.first, cut.last) == (2, 6)
+    )
     assert (whole.last, len(whole.ids)) == (9, 10)
-    assert "max_length" in refused(lambda: tokenize(words, [text], 2)), "no token of the text is left: its features would silently be none"
+    assert "max_length" in refused(lambda: tokenize(words, [text], 2)), (
+        "no token of the text is left: its features would silently be none"
+    )
 
 
 def test_empty_text_is_refused(backbone, refused):
@@ -186,10 +294,12 @@ def test_empty_text_is_refused(backbone, refused):
 
 # --- opening and keeping ---------------------------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, words):
     folder = tmp_path_factory.mktemp("model")
-    made = Backbone(toy("qwen2", len(words)), words, 3, max_length=77); made.history = [2.0, 1.0]
+    made = Backbone(toy("qwen2", len(words)), words, 3, max_length=77)
+    made.history = [2.0, 1.0]
     made.save(folder)
     return folder
 
@@ -202,19 +312,38 @@ def test_trained_and_referenced_backbones_come_back_the_same(saved, texts, tmp_p
     assert [p.name for p in tmp_path.iterdir()] == ["backbone.json"], "a reference holds no weights"
     again = Backbone.load(tmp_path)
     assert (again.layer, again.max_length, again.source) == (2, 50, str(saved))
-    for a, b in zip(referenced.residuals(texts), again.residuals(texts), strict=True): assert torch.equal(a.x_ND, b.x_ND)
+    for a, b in zip(referenced.residuals(texts), again.residuals(texts), strict=True):
+        assert torch.equal(a.x_ND, b.x_ND)
     assert open_backbone(str(saved)).layer == 2, "0 is half depth"
 
 
-@pytest.mark.parametrize("known, kind", [({}, torch.float32), ({"avx512_f": True}, torch.float32), ({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": True}, torch.bfloat16)])
+@pytest.mark.parametrize(
+    "known, kind",
+    [
+        ({}, torch.float32),
+        ({"avx512_f": True}, torch.float32),
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
+    ],
+)
 def test_auto_dtype_follows_the_processor(known, kind, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
     assert pick_dtype("auto", "cpu") == kind and pick_dtype("float16", "cpu") == torch.float16
-    with pytest.raises(B.UserError, match="dtype 'int3' is unknown; use auto, float32"): pick_dtype("int3", "cpu")
+    with pytest.raises(B.UserError, match="dtype 'int3' is unknown; use auto, float32"):
+        pick_dtype("int3", "cpu")
 
 
-@pytest.mark.parametrize("settings,said", [(dict(layer=5), "1 to 4"), (dict(layer=-1), "1 to 4"), (dict(dtype="int3"), "float32"), (dict(dtype="relu"), "float32"), (dict(dtype="nn"), "float32"),
-                                           (dict(device="gpu"), "cuda")])
+@pytest.mark.parametrize(
+    "settings,said",
+    [
+        (dict(layer=5), "1 to 4"),
+        (dict(layer=-1), "1 to 4"),
+        (dict(dtype="int3"), "float32"),
+        (dict(dtype="relu"), "float32"),
+        (dict(dtype="nn"), "float32"),
+        (dict(device="gpu"), "cuda"),
+    ],
+)
 def test_wrong_settings(saved, refused, settings, said):
     assert said in refused(lambda: open_backbone(str(saved), **settings))
 
@@ -225,11 +354,14 @@ def test_a_gpu_that_is_not_there(saved, refused, tmp_path):
     Backbone.load(saved).save(tmp_path)
     about = json.loads((tmp_path / "backbone.json").read_text())
     (tmp_path / "backbone.json").write_text(json.dumps({**about, "device": "cuda"}))
-    assert Backbone.load(tmp_path).device.type == "cpu", "a backbone that was trained on a GPU opens without one"
+    assert Backbone.load(tmp_path).device.type == "cpu", (
+        "a backbone that was trained on a GPU opens without one"
+    )
 
 
 def test_wrong_places(refused, monkeypatch, tmp_path):
     import huggingface_hub.constants
+
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert "owner/model" in refused(lambda: open_backbone("no/such/folder"))
     assert str(tmp_path / "x") in refused(lambda: open_backbone(str(tmp_path / "x")))
@@ -239,21 +371,30 @@ def test_wrong_places(refused, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_truncated_files(saved, refused, tmp_path, name):
-    for file in saved.iterdir(): (tmp_path / file.name).write_bytes(file.read_bytes()[:300 if file.name == name else None])
+    for file in saved.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes()[: 300 if file.name == name else None])
     assert str(tmp_path) in refused(lambda: open_backbone(str(tmp_path)))
 
 
 def test_a_model_without_decoder_blocks_is_refused(words, refused):
-    model = toy("llama"); model.config.num_hidden_layers = 9
+    model = toy("llama")
+    model.config.num_hidden_layers = 9
     assert "decoder" in refused(lambda: Backbone(model, words))
 
 
 # --- training --------------------------------------------------------------------------------------------------------------------------------
 
+
 def train(work=None):
     "A short training; its weights and losses are a function of nothing but this code."
     rng = np.random.default_rng(0)
-    chats = [[dict(role="user", content=" ".join(rng.choice(list("abcdefgh"), rng.integers(2, 9)))), dict(role="assistant", content="a b c")] for _ in range(40)]
+    chats = [
+        [
+            dict(role="user", content=" ".join(rng.choice(list("abcdefgh"), rng.integers(2, 9)))),
+            dict(role="assistant", content="a b c"),
+        ]
+        for _ in range(40)
+    ]
     tokenizer = word_tokenizer([m["content"] for c in chats for m in c])
     torch.manual_seed(0)
     model = tiny_model("llama", len(tokenizer), 16, 2)
@@ -262,38 +403,56 @@ def train(work=None):
 
 
 @pytest.fixture(scope="module")
-def unbroken(): return train()
+def unbroken():
+    return train()
 
 
 def stop_at(step: int, act):
     "train() whose step number `step` runs `act` instead of training."
     inner = B._language_model_step
+
     def broken(model, optimizer, rows, rate, losses):
-        if len(losses) == step: act()
+        if len(losses) == step:
+            act()
         inner(model, optimizer, rows, rate, losses)
+
     return broken
 
 
 @pytest.mark.parametrize("step", [3, 5, 17])
 def test_training_resumes_to_the_same_bytes_after_an_error(unbroken, monkeypatch, tmp_path, step):
-    def fail(): raise KeyboardInterrupt
+    def fail():
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(B, "_language_model_step", stop_at(step, fail)); train(tmp_path)
+        m.setattr(B, "_language_model_step", stop_at(step, fail))
+        train(tmp_path)
     losses, weights = train(tmp_path)
     assert losses == unbroken[0] and torch.equal(weights, unbroken[1])
 
 
 def wait_to_be_killed(folder: str):
-    def wait(): print("waiting", flush=True); signal.pause()
+    def wait():
+        print("waiting", flush=True)
+        signal.pause()
+
     B._language_model_step = stop_at(13, wait)
-    torch.set_num_threads(1); train(Path(folder))
+    torch.set_num_threads(1)
+    train(Path(folder))
 
 
 def test_training_resumes_to_the_same_bytes_after_a_kill(unbroken, tmp_path):
-    child = subprocess.Popen([sys.executable, "-c", f"import test_backbone; test_backbone.wait_to_be_killed({str(tmp_path)!r})"], cwd=Path(__file__).parent,
-                             stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
+    child = subprocess.Popen(
+        [sys.executable, "-c", f"import test_backbone; test_backbone.wait_to_be_killed({str(tmp_path)!r})"],
+        cwd=Path(__file__).parent,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
     assert child.stdout.readline().strip() == "waiting"
-    child.send_signal(signal.SIGKILL); child.wait(); child.stdout.close()
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
     assert (tmp_path / "checkpoint.pt").exists()
     (tmp_path / "checkpoint.part").write_bytes(b"half a checkpoint")
     losses, weights = train(tmp_path)
@@ -306,8 +465,11 @@ def test_training_learns_and_ignores_padding(unbroken):
     one = {}
     for width, rows in ((1, [[1, 5, 6, 7]]), (2, [[1, 5, 6, 7], [1, 5, 6, 7, 8, 9]])):
         losses = []
-        B._language_model_step(model, [torch.optim.SGD(model.parameters(), 0.0)], rows, 0.0, losses); one[width] = losses[0]
-    alone = model(input_ids=torch.tensor([[1, 5, 6, 7, 8, 9]]), labels=torch.tensor([[1, 5, 6, 7, 8, 9]])).loss.item()
+        B._language_model_step(model, [torch.optim.SGD(model.parameters(), 0.0)], rows, 0.0, losses)
+        one[width] = losses[0]
+    alone = model(
+        input_ids=torch.tensor([[1, 5, 6, 7, 8, 9]]), labels=torch.tensor([[1, 5, 6, 7, 8, 9]])
+    ).loss.item()
     assert one[2] == pytest.approx((3 * one[1] + 5 * alone) / 8, abs=1e-5), "the mean is over real tokens"
 
 
@@ -319,14 +481,18 @@ def test_batches_hold_every_conversation_once_per_epoch_and_depend_on_the_seed_o
 
 def test_unknown_architecture_and_nothing_to_learn_from(words, refused):
     assert "qwen2" in refused(lambda: tiny_model("bert", 20, 16, 2))
-    assert "conversation" in refused(lambda: train_language_model(tiny_model("llama", 20, 16, 2), words, [], 2, 2, 1e-3, 0))
+    assert "conversation" in refused(
+        lambda: train_language_model(tiny_model("llama", 20, 16, 2), words, [], 2, 2, 1e-3, 0)
+    )
 
 
 # --- a real model ----------------------------------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture(scope="module")
 def real():
-    if not REAL or not REAL.exists(): pytest.skip("FAC_DATA_DIR is not set, or no real-lm lies beside it")
+    if not REAL or not REAL.exists():
+        pytest.skip("FAC_DATA_DIR is not set, or no real-lm lies beside it")
     return open_backbone(str(REAL), 3)
 
 
@@ -334,18 +500,25 @@ def test_real_model(real):
     for batch in real.residuals(PROSE, batch_tokens=64):
         for i in batch.text_N.unique().tolist():
             t = tokenize(real.tokenizer, [PROSE[i]], 256)[0]
-            own_TD = hidden_states(real.model, torch.tensor([t.ids]))[3][0, t.first:t.last]
-            assert (batch.x_ND[batch.text_N == i] - own_TD).abs().max() < 2e-5 * own_TD.abs().max(), "float32 sums in another order"
+            own_TD = hidden_states(real.model, torch.tensor([t.ids]))[3][0, t.first : t.last]
+            assert (batch.x_ND[batch.text_N == i] - own_TD).abs().max() < 2e-5 * own_TD.abs().max(), (
+                "float32 sums in another order"
+            )
             assert t.ids.count(real.tokenizer.bos_token_id) == 1
     for text in PROSE:
         places = real.characters(text)
-        assert {i for a, z in places for i in range(a, z)} >= {i for i, c in enumerate(text) if not c.isspace()}
-        for token, (a, z) in zip(tokenize(real.tokenizer, [text], 256)[0].ids[3 - 1:], places):
+        assert {i for a, z in places for i in range(a, z)} >= {
+            i for i, c in enumerate(text) if not c.isspace()
+        }
+        for token, (a, z) in zip(tokenize(real.tokenizer, [text], 256)[0].ids[3 - 1 :], places):
             written = real.tokenizer.decode([token])
-            if "\ufffd" not in written: assert written.strip() == text[a:z].strip()
+            if "\ufffd" not in written:
+                assert written.strip() == text[a:z].strip()
 
 
 def test_real_model_exactly_as_alone(real):
     (r,) = real.residuals(PROSE[:1])
     t = tokenize(real.tokenizer, PROSE[:1], 256)[0]
-    assert (r.x_ND - hidden_states(real.model, torch.tensor([t.ids]))[3][0, t.first:t.last]).abs().max() < 1e-6
+    assert (
+        r.x_ND - hidden_states(real.model, torch.tensor([t.ids]))[3][0, t.first : t.last]
+    ).abs().max() < 1e-6

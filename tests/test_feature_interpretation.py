@@ -1,10 +1,22 @@
 "Explanations: statistics against a calculation by hand, planted peak words found again, and a judge that follows a script."
+
 from collections import Counter
-import numpy as np, pandas as pd, pytest
+
+import numpy as np
+import pandas as pd
+import pytest
+from fac_synthesis.features.activations import FeatureActivations
+from fac_synthesis.features.interpretation import (
+    COLUMNS,
+    enriched,
+    llm_features,
+    peak_terms,
+    statistical_features,
+    word_at,
+    words_of,
+)
+from fac_synthesis.models.backbone import Backbone, tiny_model, word_tokenizer
 from scipy import sparse
-from fac_synthesis.backbone import Backbone, tiny_model, word_tokenizer
-from fac_synthesis.feature_activations import FeatureActivations
-from fac_synthesis.feature_interpretation import COLUMNS, enriched, llm_features, peak_terms, statistical_features, word_at, words_of
 
 
 def test_enriched_by_hand():
@@ -27,15 +39,35 @@ def test_ties_are_in_alphabetical_order():
 
 def test_words_and_the_words_at_tokens():
     text = "Don't spray-paint the café's wall, señor x!"
-    assert [w for w, _, _ in words_of(text)] == ["don't", "spray-paint", "the", "café's", "wall", "señor", "x"]
+    assert [w for w, _, _ in words_of(text)] == [
+        "don't",
+        "spray-paint",
+        "the",
+        "café's",
+        "wall",
+        "señor",
+        "x",
+    ]
     assert all(text[a:b].lower() == w for w, a, b in words_of(text))
     at = text.index("paint")
-    assert word_at(words_of(text), (at, at + 2)) == 1 and word_at(words_of(text), (text.index(","), text.index(",") + 1)) is None
-    assert peak_terms(words_of(text), 0, 2) == ["don't"] and peak_terms(words_of(text), 2, 0) == ["the"] and peak_terms(words_of(text), None, 2) == []
+    assert (
+        word_at(words_of(text), (at, at + 2)) == 1
+        and word_at(words_of(text), (text.index(","), text.index(",") + 1)) is None
+    )
+    assert (
+        peak_terms(words_of(text), 0, 2) == ["don't"]
+        and peak_terms(words_of(text), 2, 0) == ["the"]
+        and peak_terms(words_of(text), None, 2) == []
+    )
 
 
 TARGETS = ("spray", "lock", ".")
-CORPUS = [f"{start} the {w} near the {other} ." for w in ("spray", "lock", "flour") for other in ("wall", "door") for start in ("first", "take", "see")] * 2
+CORPUS = [
+    f"{start} the {w} near the {other} ."
+    for w in ("spray", "lock", "flour")
+    for other in ("wall", "door")
+    for start in ("first", "take", "see")
+] * 2
 
 
 @pytest.fixture(scope="module")
@@ -45,17 +77,27 @@ def planted():
     place = np.array([[t.index(w) + 1 if w in t else 0 for w in TARGETS] + [0] for t in tokens])
     value = (place > 0) * np.linspace(1, 2, len(CORPUS))[:, None]
     tokenizer = word_tokenizer(CORPUS)
-    return Backbone(tiny_model("llama", len(tokenizer), 16, 2), tokenizer, 1), FeatureActivations(sparse.csr_matrix(value.astype(np.float32)), sparse.csr_matrix(place))
+    return Backbone(tiny_model("llama", len(tokenizer), 16, 2), tokenizer, 1), FeatureActivations(
+        sparse.csr_matrix(value.astype(np.float32)), sparse.csr_matrix(place)
+    )
 
 
 def test_the_statistical_annotator_finds_the_planted_words(planted):
     table = statistical_features(planted[0], CORPUS, planted[1], n_spans=4, before=2, after=1, n_keywords=3)
-    assert table.columns.tolist() == COLUMNS and table.latent.tolist() == [0, 1, 2], "a latent that never fires is no feature"
+    assert table.columns.tolist() == COLUMNS and table.latent.tolist() == [0, 1, 2], (
+        "a latent that never fires is no feature"
+    )
     for i in (0, 1):
-        assert table.keywords[i][0] == TARGETS[i] and TARGETS[i] in table.explanation[i] and "flour" not in table.explanation[i]
+        assert (
+            table.keywords[i][0] == TARGETS[i]
+            and TARGETS[i] in table.explanation[i]
+            and "flour" not in table.explanation[i]
+        )
         assert len(table.spans[i]) == 4 and all(f"[{TARGETS[i]}]" in s for s in table.spans[i])
         assert table.scores[i] == sorted(table.scores[i], reverse=True) and table.n_texts[i] == 12
-    assert all(" " not in k for ks in table.keywords for k in ks) and table.explanation[2] == "" , "punctuation explains nothing"
+    assert all(" " not in k for ks in table.keywords for k in ks) and table.explanation[2] == "", (
+        "punctuation explains nothing"
+    )
 
 
 def test_context_0_counts_the_peak_word_only(planted):
@@ -63,13 +105,37 @@ def test_context_0_counts_the_peak_word_only(planted):
     assert table.explanation[0] == "spray"
 
 
-TABLE = pd.DataFrame(dict(latent=[4, 5, 6, 7], explanation="", keywords=[[]] * 4, spans=[["the [spray] {x}"], ["the [lock]"], ["of"], ["a [wall]"]], scores=[[1.0]] * 4, n_texts=3, verified="", annotator="statistical"))
+TABLE = pd.DataFrame(
+    dict(
+        latent=[4, 5, 6, 7],
+        explanation="",
+        keywords=[[]] * 4,
+        spans=[["the [spray] {x}"], ["the [lock]"], ["of"], ["a [wall]"]],
+        scores=[[1.0]] * 4,
+        n_texts=3,
+        verified="",
+        annotator="statistical",
+    )
+)
 
 
 def test_the_llm_annotator(scripted):
     def reply(prompt, j):
-        if prompt.startswith("Somebody claims"): return "Probably" if "spray" in prompt else None
-        return next((said for word, said in {"spray": "  About\nspray cans. ", "lock": "Cannot tell.", "wall": "Walls."}.items() if word in prompt), None)
+        if prompt.startswith("Somebody claims"):
+            return "Probably" if "spray" in prompt else None
+        return next(
+            (
+                said
+                for word, said in {
+                    "spray": "  About\nspray cans. ",
+                    "lock": "Cannot tell.",
+                    "wall": "Walls.",
+                }.items()
+                if word in prompt
+            ),
+            None,
+        )
+
     lm = scripted(reply)
     judged = llm_features(TABLE, lm)
     assert judged.explanation.tolist() == ["About spray cans.", "", "", "Walls."]

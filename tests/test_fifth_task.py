@@ -1,19 +1,18 @@
 "A fifth task is one notebook-sized module above all that exists, and its line in the list of tables."
+
 import importlib.util
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-
-from fac_synthesis.backbone import Backbone, tiny_model, word_tokenizer
-from fac_synthesis.claims import Evidence, best_method, fac_predicts_elsewhere
-from fac_synthesis.experiment import published
-from fac_synthesis.feature_activations import FeatureReader
-from fac_synthesis.sae import SAE, SAEConfig
-from fac_synthesis.tables import comparison, empty_frame, table_scores, wide_table
-from fac_synthesis.tasks import COLUMNS, Column
-from fac_synthesis.what_predicts_performance import correlation_table, fac_table, long_scores
+from fac_synthesis.features.activations import FeatureReader
+from fac_synthesis.models.backbone import Backbone, tiny_model, word_tokenizer
+from fac_synthesis.questions.what_predicts_performance import correlation_table, fac_table, long_scores
+from fac_synthesis.results.claims import Evidence, best_method, fac_predicts_elsewhere
+from fac_synthesis.results.tables import comparison, empty_frame, table_scores, wide_table
+from fac_synthesis.run.parameters import published
+from fac_synthesis.sae.core import SAE, SAEConfig
+from fac_synthesis.tasks.scores import COLUMNS, Column
 
 METRIC, METHODS = "FAC of missing features", ["Alpaca", "Evol-Instruct", "SAO", "Ours"]
 
@@ -21,15 +20,17 @@ MODULE = '''"""Politeness: is a request polite? A task of one's own."""
 import numpy as np, pandas as pd
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
-from fac_synthesis.baselines import BASELINES
-from fac_synthesis.contrastive_pairs import contrastive_pairs, describe, generate_candidates
-from fac_synthesis.corpora import Record, build_corpora
-from fac_synthesis.coverage import covered, missing_features, missing_table
-from fac_synthesis.diversity_metrics import diversity_table
-from fac_synthesis.feature_covered_samples import chosen_samples, complete, keep_verified, sample_budget, second_step_asks
-from fac_synthesis.feature_interpretation import statistical_features
-from fac_synthesis.task_relevance import relevant_latents, statistical_relevance
-from fac_synthesis.tasks import Task, asking, fill_prompt
+from fac_synthesis.synthesis.baselines import BASELINES
+from fac_synthesis.synthesis.contrastive_pairs import contrastive_pairs, describe, generate_candidates
+from fac_synthesis.data.corpora import build_corpora
+from fac_synthesis.data.records import Record
+from fac_synthesis.features.coverage import covered, missing_features, missing_table
+from fac_synthesis.synthesis.diversity import diversity_table
+from fac_synthesis.synthesis.covered_samples import chosen_samples, complete, keep_verified, sample_budget, second_step_asks
+from fac_synthesis.features.interpretation import statistical_features
+from fac_synthesis.features.relevance import relevant_latents, statistical_relevance
+from fac_synthesis.data.tasks import Task
+from fac_synthesis.models.prompts import asking, fill_prompt
 
 POLITE = "please thanks kindly sorry pardon grateful welcome dear honoured gladly humbly cheers".split()
 BLUNT = "now just quickly already instead again alone properly fast once finally somehow".split()
@@ -90,36 +91,64 @@ def politeness(tmp_path_factory):
 def made(politeness, tmp_path_factory):
     "What the task leaves: corpora, missing latents, samples, diversity, scores."
     from conftest import Scripted
+
     c = politeness.corpora()
     words = word_tokenizer([r.text for rs in c.roles.values() for r in rs])
     torch.manual_seed(0)
-    reader = FeatureReader(SAE(SAEConfig(d_model=32, n_latents=256, k=6)), Backbone(tiny_model("llama", len(words), 32, 2), words, layer=1))
+    reader = FeatureReader(
+        SAE(SAEConfig(d_model=32, n_latents=256, k=6)),
+        Backbone(tiny_model("llama", len(words), 32, 2), words, layer=1),
+    )
+
     def reply(prompt, j):
         "A model that uses the polite words it was shown, another thing each time."
-        if "Answer with A or B" in prompt: return "A"
-        if "Equal or Different" in prompt: return "Different"
+        if "Answer with A or B" in prompt:
+            return "A"
+        if "Equal or Different" in prompt:
+            return "Different"
         shown = [w for w in prompt.replace(".", " ").split() if w in politeness.POLITE] or ["please"]
         return f"could you {shown[j % len(shown)]} {shown[-1]} mind the {politeness.THINGS[(len(prompt) + j) % 10]} today"
+
     features, latents = politeness.missing(c, reader)
     samples = politeness.synthesize(c, features, reader, Scripted(reply), tmp_path_factory.mktemp("work"))
     sets = {m: f.text.tolist() for m, f in samples.groupby("method", sort=False)}
-    diversity = politeness.diversity_table(sets, lambda texts: np.random.default_rng(0).normal(size=(len(texts), 4)), reader, {METRIC: set(latents)}, n_clusters=2, draws=1).assign(task="politeness")
+    diversity = politeness.diversity_table(
+        sets,
+        lambda texts: np.random.default_rng(0).normal(size=(len(texts), 4)),
+        reader,
+        {METRIC: set(latents)},
+        n_clusters=2,
+        draws=1,
+    ).assign(task="politeness")
     return c, latents, samples, diversity, politeness.scores(c, samples, METHODS)
 
 
 @pytest.fixture
 def listed(monkeypatch):
     "The one edit outside the module."
-    monkeypatch.setitem(COLUMNS, "politeness_accuracy", Column("politeness_accuracy", "politeness accuracy", "politeness", "44_politeness", "accuracy", "n_texts"))
+    monkeypatch.setitem(
+        COLUMNS,
+        "politeness_accuracy",
+        Column(
+            "politeness_accuracy", "politeness accuracy", "politeness", "44_politeness", "accuracy", "n_texts"
+        ),
+    )
 
 
 def test_features_and_synthesis_take_the_task_as_it_is(politeness, made):
     c, latents, samples, _, scores = made
     assert not set(c.texts("test")) & set(c.texts("anchor")) and len(latents) >= 3
     own = samples[samples.method == "two-step"]
-    assert len(own) >= 3 and (own.score > 0).all() and set(own.latent) <= set(latents) and (own.item_fault == "").all()
+    assert (
+        len(own) >= 3
+        and (own.score > 0).all()
+        and set(own.latent) <= set(latents)
+        and (own.item_fault == "").all()
+    )
     known = set(politeness.POLITE[:2])
-    assert sum(not known & set(t.split()) for t in own.text) > len(own) / 2, "they speak of courtesies that the seed set lacks"
+    assert sum(not known & set(t.split()) for t in own.text) > len(own) / 2, (
+        "they speak of courtesies that the seed set lacks"
+    )
     mean = scores.groupby("method").accuracy.mean()
     assert mean["Ours"] > mean["Baseline"] and mean["Full Dataset"] == 1.0
 
@@ -130,7 +159,13 @@ def test_tables_have_its_column(made, listed):
     wide = wide_table(comparison(long, {}, "table01")).set_index("row")["politeness accuracy"]
     ours = 100 * scores[scores.method == "Ours"].accuracy.mean()
     assert wide["Ours"].startswith(f"{ours:.2f}") and wide["Magpie"] == "none"
-    assert list(empty_frame("44_politeness", "scores")) == ["method", "training", "seed", "accuracy", "n_texts"]
+    assert list(empty_frame("44_politeness", "scores")) == [
+        "method",
+        "training",
+        "seed",
+        "accuracy",
+        "n_texts",
+    ]
 
 
 def test_questions_and_claims_speak_of_it(made, listed):
@@ -141,7 +176,10 @@ def test_questions_and_claims_speak_of_it(made, listed):
     row = found[found.metric == METRIC].iloc[0]
     assert row.task == "politeness" and row.n == 4 and row.main
     assert fac_table(found, METRIC, published("table08")).task.tolist() == ["politeness"]
-    evidence = Evidence(scores=table_scores({"44_politeness": scores}), correlations=found.replace({"metric": {METRIC: "FAC"}}))
+    evidence = Evidence(
+        scores=table_scores({"44_politeness": scores}),
+        correlations=found.replace({"metric": {METRIC: "FAC"}}),
+    )
     assert "politeness accuracy: Ours" in best_method(evidence, ["politeness_accuracy"]).evidence
     assert "politeness r" in fac_predicts_elsewhere(evidence).evidence
 

@@ -1,12 +1,49 @@
 "Generation and judging: a local model, an endpoint that misbehaves, a real server, recorded answers."
-import contextlib, http.server, json, os, signal, socket, subprocess, sys, threading, time, urllib.request
-import pytest, torch
+
+import contextlib
+import http.server
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+import pytest
+import torch
+from fac_synthesis.models.language_models import (
+    Endpoint,
+    LanguageModel,
+    LocalModel,
+    PlannedSampling,
+    Recorder,
+    Replay,
+    ask_label,
+    derived_seed,
+    find_path,
+    open_language_model,
+    open_local_model,
+    parse_label,
+    planned_uniforms,
+    prompt_ids,
+    render,
+    retry_delay,
+    stop_ids,
+)
+from fac_synthesis.run.parameters import UserError
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
 from fac_synthesis import language_models
-from fac_synthesis.experiment import UserError
-from fac_synthesis.language_models import (Endpoint, LanguageModel, LocalModel, PlannedSampling, Recorder, Replay, Sampling, ask_label, derived_seed, find_path,
-    open_language_model, open_local_model, parse_label, planned_uniforms, prompt_ids, render, retry_delay, stop_ids)
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<turn>", "<user>", "<assistant>", "<system>", "<unk>"]
 WORDS = "red green blue one two three four five six seven and the a on in of cat dog bird sits runs sings : User Assistant".split()
@@ -21,15 +58,33 @@ def make_tokenizer(template=TEMPLATE):
     words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(SPECIAL + WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
-                                   additional_special_tokens=SPECIAL[3:7], chat_template=template, padding_side="right")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        additional_special_tokens=SPECIAL[3:7],
+        chat_template=template,
+        padding_side="right",
+    )
 
 
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(SPECIAL + WORDS), hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                         max_position_embeddings=64, initializer_range=0.4, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    config = LlamaConfig(
+        vocab_size=len(SPECIAL + WORDS),
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        initializer_range=0.4,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
     return LlamaForCausalLM(config).eval()
 
 
@@ -40,19 +95,46 @@ def tokenizer():
 
 def model_with_a_window():
     "A model whose cache is of another kind: a window of three tokens beside full attention."
-    config = Gemma3TextConfig(vocab_size=len(SPECIAL + WORDS), hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=12, sliding_window=3,
-                              layer_types=["sliding_attention", "full_attention"], tie_word_embeddings=False, max_position_embeddings=64, initializer_range=0.4, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    config = Gemma3TextConfig(
+        vocab_size=len(SPECIAL + WORDS),
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        sliding_window=3,
+        layer_types=["sliding_attention", "full_attention"],
+        tie_word_embeddings=False,
+        max_position_embeddings=64,
+        initializer_range=0.4,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
     torch.manual_seed(0)
     return Gemma3ForCausalLM(config).eval()
 
 
-PROMPTS = [user(t) for t in ("red", "the cat sits on the dog and the bird sings", "one two three four five six seven", "a dog runs", "blue and green")]
+PROMPTS = [
+    user(t)
+    for t in (
+        "red",
+        "the cat sits on the dog and the bird sings",
+        "one two three four five six seven",
+        "a dog runs",
+        "blue and green",
+    )
+]
 
 
 # ---------------------------------------------------------------- the local model
 
+
 def test_prompt_ends_with_the_assistants_turn_and_holds_one_bos(tokenizer):
-    tokens = tokenizer.convert_ids_to_tokens(prompt_ids(tokenizer, [dict(role="system", content="a cat"), *user("red")]))
+    tokens = tokenizer.convert_ids_to_tokens(
+        prompt_ids(tokenizer, [dict(role="system", content="a cat"), *user("red")])
+    )
     assert tokens == ["<bos>", "<system>", "a", "cat", "<turn>", "<user>", "red", "<turn>", "<assistant>"]
 
 
@@ -70,16 +152,23 @@ def test_stops_at_eos_and_at_the_templates_end_of_turn(model, tokenizer):
 
 
 def test_a_template_that_objects_is_one_sentence(model):
-    picky = make_tokenizer("{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE)
-    with pytest.raises(UserError, match="no system role"): LocalModel(model, picky).generate([[dict(role="system", content="a"), *user("red")]], max_new_tokens=4)
+    picky = make_tokenizer(
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE
+    )
+    with pytest.raises(UserError, match="no system role"):
+        LocalModel(model, picky).generate(
+            [[dict(role="system", content="a"), *user("red")]], max_new_tokens=4
+        )
 
 
 def alone_without_padding(model, tokenizer, conversation, steps):
     "Greedy decoding written out: whole prefix, no cache, no batch, no padding."
-    ids = prompt_ids(tokenizer, conversation); start = len(ids)
+    ids = prompt_ids(tokenizer, conversation)
+    start = len(ids)
     for _ in range(steps):
         token = model(torch.tensor([ids])).logits[0, -1].argmax().item()
-        if token in (2, 3): break
+        if token in (2, 3):
+            break
         ids.append(token)
     return tokenizer.decode(ids[start:], skip_special_tokens=True).strip() or None
 
@@ -88,17 +177,24 @@ def test_a_padded_batch_says_what_each_prompt_says_alone(model, tokenizer):
     want = [[alone_without_padding(model, tokenizer, c, 8)] for c in PROMPTS]
     assert len(set(map(str, want))) > 1
     for size in (1, 2, 8):
-        assert LocalModel(model, tokenizer, batch_size=size).generate(PROMPTS, temperature=0, max_new_tokens=8) == want
+        assert (
+            LocalModel(model, tokenizer, batch_size=size).generate(PROMPTS, temperature=0, max_new_tokens=8)
+            == want
+        )
 
 
 @pytest.mark.parametrize("window", [False, True])
 def test_answers_to_one_prompt_share_its_reading(model, tokenizer, window, monkeypatch):
     lm, read = LocalModel(model_with_a_window() if window else model, tokenizer), []
-    watch = lm.model.get_input_embeddings().register_forward_hook(lambda module, args, output: read.append(args[0].numel()))
+    watch = lm.model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: read.append(args[0].numel())
+    )
     draw = lambda: lm.generate(PROMPTS[1:3], n=4, max_new_tokens=6, seed=3)
-    shared, cost = draw(), sum(read); read.clear()
+    shared, cost = draw(), sum(read)
+    read.clear()
     monkeypatch.setattr(lm.model.generation_config, "num_beams", 2)  # a model's own settings change nothing
-    assert draw() == shared; read.clear()
+    assert draw() == shared
+    read.clear()
     monkeypatch.setattr(language_models, "read_once", lambda *parts: {})
     assert draw() == shared and len({text for texts in shared for text in texts}) > 2
     assert cost < 0.6 * sum(read)
@@ -106,9 +202,13 @@ def test_answers_to_one_prompt_share_its_reading(model, tokenizer, window, monke
 
 
 def test_same_seed_same_text_whatever_the_batch_and_order(model, tokenizer):
-    draw = lambda size, prompts=PROMPTS, seed=7: LocalModel(model, tokenizer, batch_size=size).generate(prompts, n=3, max_new_tokens=8, seed=seed)
-    torch.manual_seed(1); first = draw(1)
-    torch.manual_seed(2); second = draw(4)
+    draw = lambda size, prompts=PROMPTS, seed=7: LocalModel(model, tokenizer, batch_size=size).generate(
+        prompts, n=3, max_new_tokens=8, seed=seed
+    )
+    torch.manual_seed(1)
+    first = draw(1)
+    torch.manual_seed(2)
+    second = draw(4)
     assert first == second == draw(16) and first[::-1] == draw(4, PROMPTS[::-1])
     assert draw(4, PROMPTS[1:2]) == first[1:2]
     assert draw(4, seed=8) != first and all(len(texts) == 3 for texts in first)
@@ -116,15 +216,20 @@ def test_same_seed_same_text_whatever_the_batch_and_order(model, tokenizer):
 
 
 def test_sampling_leaves_the_callers_random_stream_alone(model, tokenizer):
-    torch.manual_seed(5); want = torch.rand(3)
-    torch.manual_seed(5); LocalModel(model, tokenizer).generate(PROMPTS, max_new_tokens=4)
+    torch.manual_seed(5)
+    want = torch.rand(3)
+    torch.manual_seed(5)
+    LocalModel(model, tokenizer).generate(PROMPTS, max_new_tokens=4)
     assert torch.equal(torch.rand(3), want)
 
 
 def test_planned_sampling_draws_from_the_distribution():
     probability = torch.tensor([0.05, 0.0, 0.7, 0.25])
     pick = PlannedSampling(planned_uniforms(list(range(5000)), 1), 0)
-    share = torch.bincount(pick(torch.empty(5000, 0), probability.log().expand(5000, 4)).argmax(-1), minlength=4) / 5000
+    share = (
+        torch.bincount(pick(torch.empty(5000, 0), probability.log().expand(5000, 4)).argmax(-1), minlength=4)
+        / 5000
+    )
     assert share[1] == 0 and (share - probability).abs().max() < 0.025
 
 
@@ -138,31 +243,54 @@ def test_small_top_p_is_greedy_and_high_temperature_is_not(model, tokenizer):
 @pytest.fixture
 def follows(model):
     "A model that always answers with the token after the last one in the vocabulary, so that 'six' leads to 'seven' leads to 'and' ..."
+
     class Next(LlamaForCausalLM):
         stop_after = len(SPECIAL) + WORDS.index("three")
+
         def forward(self, input_ids=None, **kw):
             out = super().forward(input_ids=input_ids, **kw)
             last = input_ids[:, -1]
-            after = torch.where(last == self.stop_after, 3, torch.where(last == 5, len(SPECIAL) + WORDS.index("one"), (last + 1) % self.config.vocab_size))
+            after = torch.where(
+                last == self.stop_after,
+                3,
+                torch.where(
+                    last == 5, len(SPECIAL) + WORDS.index("one"), (last + 1) % self.config.vocab_size
+                ),
+            )
             out.logits = torch.nn.functional.one_hot(after, self.config.vocab_size).float()[:, None] * 50
             return out
+
     return Next(model.config).eval()
 
 
 def test_ends_at_the_turns_end_and_decodes_only_new_words(follows, tokenizer):
-    assert LocalModel(follows, tokenizer).generate([user("red cat"), user("the dog runs and sings")], temperature=0, max_new_tokens=20) == [["one two three"]] * 2
+    assert (
+        LocalModel(follows, tokenizer).generate(
+            [user("red cat"), user("the dog runs and sings")], temperature=0, max_new_tokens=20
+        )
+        == [["one two three"]] * 2
+    )
 
 
 def test_published_generation_settings_do_not_leak_in(follows, tokenizer):
-    follows.generation_config.repetition_penalty, follows.generation_config.do_sample, follows.generation_config.top_k = 9.0, True, 1
+    (
+        follows.generation_config.repetition_penalty,
+        follows.generation_config.do_sample,
+        follows.generation_config.top_k,
+    ) = 9.0, True, 1
     follows.stop_after = -1
-    text = LocalModel(follows, tokenizer).generate([user("red one two three")], temperature=0, max_new_tokens=4)
+    text = LocalModel(follows, tokenizer).generate(
+        [user("red one two three")], temperature=0, max_new_tokens=4
+    )
     assert text == [["one two three four"]]
 
 
 def test_an_answer_without_words_is_a_failure(follows, tokenizer):
     follows.stop_after = 5
-    assert LocalModel(follows, tokenizer).generate(PROMPTS[:2], n=2, temperature=0, max_new_tokens=8) == [[None, None]] * 2
+    assert (
+        LocalModel(follows, tokenizer).generate(PROMPTS[:2], n=2, temperature=0, max_new_tokens=8)
+        == [[None, None]] * 2
+    )
 
 
 def test_the_caller_finds_model_and_tokenizer_unchanged(model, tokenizer):
@@ -171,48 +299,79 @@ def test_the_caller_finds_model_and_tokenizer_unchanged(model, tokenizer):
     try:
         before = (tokenizer.padding_side, tokenizer.pad_token, tokenizer.truncation_side)
         first, second = (LocalModel(model, tokenizer).generate(PROMPTS, max_new_tokens=4) for _ in range(2))
-        assert before == (tokenizer.padding_side, tokenizer.pad_token, tokenizer.truncation_side) and model.training and first == second
-    finally: model.eval()
+        assert (
+            before == (tokenizer.padding_side, tokenizer.pad_token, tokenizer.truncation_side)
+            and model.training
+            and first == second
+        )
+    finally:
+        model.eval()
 
 
 def test_too_long_for_the_context_fails_alone(model, tokenizer):
     long = user("cat " * 70)
     answers = LocalModel(model, tokenizer).generate([PROMPTS[0], long], temperature=0, max_new_tokens=4)
     assert answers[0][0] and answers[1] == [None]
-    with pytest.raises(UserError, match="no conversation fits .* 64 tokens"): LocalModel(model, tokenizer).generate([long], max_new_tokens=4)
+    with pytest.raises(UserError, match="no conversation fits .* 64 tokens"):
+        LocalModel(model, tokenizer).generate([long], max_new_tokens=4)
 
 
 def test_a_saved_model_opens_and_answers_alike(model, tokenizer, tmp_path):
-    model.save_pretrained(tmp_path / "tiny"); tokenizer.save_pretrained(tmp_path / "tiny")
+    model.save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
     lm = open_language_model(str(tmp_path / "tiny"), device="cpu", batch_size=2)
     assert isinstance(lm, LocalModel) and lm.name == "tiny" and lm.batch_size == 2
-    assert lm.generate(PROMPTS, max_new_tokens=6) == LocalModel(model, tokenizer).generate(PROMPTS, max_new_tokens=6)
+    assert lm.generate(PROMPTS, max_new_tokens=6) == LocalModel(model, tokenizer).generate(
+        PROMPTS, max_new_tokens=6
+    )
 
 
 def test_a_model_that_cannot_be_opened_is_one_sentence(tmp_path, model, tokenizer):
-    with pytest.raises(UserError, match="no model folder './nowhere'"): open_local_model("./nowhere")
-    with pytest.raises(UserError, match="could not be opened"): open_local_model(str(tmp_path))
-    model.save_pretrained(tmp_path); tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no model folder './nowhere'"):
+        open_local_model("./nowhere")
+    with pytest.raises(UserError, match="could not be opened"):
+        open_local_model(str(tmp_path))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(UserError, match="could not be opened") as e: open_local_model(str(tmp_path))
+    with pytest.raises(UserError, match="could not be opened") as e:
+        open_local_model(str(tmp_path))
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("conversations, settings, message", [
-    ([[]], {}, "conversation 0"), (["hello"], {}, "conversation 0 is 'hello'"), ([user("red"), [dict(role="robot", content="x")]], {}, "conversation 1 .* needs a 'role'"),
-    ([[dict(role="user", content=None)]], {}, "content"), (PROMPTS, dict(n=0), "n is 0"), (PROMPTS, dict(max_new_tokens=0), "max_new_tokens is 0"),
-    (PROMPTS, dict(temperature=-1), "temperature is -1"), (PROMPTS, dict(top_p=0), "top_p is 0")])
+@pytest.mark.parametrize(
+    "conversations, settings, message",
+    [
+        ([[]], {}, "conversation 0"),
+        (["hello"], {}, "conversation 0 is 'hello'"),
+        ([user("red"), [dict(role="robot", content="x")]], {}, "conversation 1 .* needs a 'role'"),
+        ([[dict(role="user", content=None)]], {}, "content"),
+        (PROMPTS, dict(n=0), "n is 0"),
+        (PROMPTS, dict(max_new_tokens=0), "max_new_tokens is 0"),
+        (PROMPTS, dict(temperature=-1), "temperature is -1"),
+        (PROMPTS, dict(top_p=0), "top_p is 0"),
+    ],
+)
 def test_bad_questions_are_refused_in_one_sentence(model, tokenizer, conversations, settings, message):
-    with pytest.raises(UserError, match=message): LocalModel(model, tokenizer).generate(conversations, **settings)
+    with pytest.raises(UserError, match=message):
+        LocalModel(model, tokenizer).generate(conversations, **settings)
 
 
 def test_odds_and_ends_of_the_interface(model, tokenizer):
     assert LocalModel(model, tokenizer).generate([]) == []
-    with pytest.raises(UserError, match="batch_size is 0"): LocalModel(model, tokenizer, batch_size=0)
-    class Unfinished(LanguageModel): name = "unfinished"
-    with pytest.raises(NotImplementedError, match="Unfinished must implement answers"): Unfinished().generate(PROMPTS)
-    assert derived_seed("a", 1) == derived_seed("a", 1) != derived_seed("a", 2) and 0 <= derived_seed("\ud800") < 2**31
+    with pytest.raises(UserError, match="batch_size is 0"):
+        LocalModel(model, tokenizer, batch_size=0)
+
+    class Unfinished(LanguageModel):
+        name = "unfinished"
+
+    with pytest.raises(NotImplementedError, match="Unfinished must implement answers"):
+        Unfinished().generate(PROMPTS)
+    assert (
+        derived_seed("a", 1) == derived_seed("a", 1) != derived_seed("a", 2)
+        and 0 <= derived_seed("\ud800") < 2**31
+    )
 
 
 # ---------------------------------------------------------------- labels
@@ -220,25 +379,57 @@ def test_odds_and_ends_of_the_interface(model, tokenizer):
 RELEVANCE = ("Yes", "Probably", "Maybe", "No")
 
 
-@pytest.mark.parametrize("text, labels, want", [
-    ("Yes", RELEVANCE, "Yes"), ("yes.", RELEVANCE, "Yes"), ("  **NO**  ", RELEVANCE, "No"), ("Label: Yes", RELEVANCE, "Yes"), ("label : probably", RELEVANCE, "Probably"),
-    ("**Answer:** Maybe", RELEVANCE, "Maybe"), ('{"label": "no"}', RELEVANCE, "No"), ("Yes, because there is no other reading", RELEVANCE, "Yes"),
-    ("Yes\nNo other reading is possible.", RELEVANCE, "Yes"), ("No - it maybe seems so", RELEVANCE, "No"),
-    ("Perhaps yes, perhaps no. Final answer: No", RELEVANCE, "No"), ("My verdict is maybe; first I thought yes", RELEVANCE, "Maybe"),
-    ("I think it is probably relevant", RELEVANCE, "Probably"), ("It could be yes or no", RELEVANCE, None), ("Nothing known", RELEVANCE, None), ("", RELEVANCE, None),
-    (None, RELEVANCE, None), ("not yes", RELEVANCE, None), ("The text isn't toxic", ("toxic", "harmless"), None), ("non-toxic", ("toxic", "harmless"), None),
-    ("It is not relevant", ("relevant", "not relevant"), "not relevant"), ("relevant", ("relevant", "not relevant"), "relevant"), ("Probably  not", ("probably", "probably not"), "probably not"),
-    ("(A)", ("A", "B"), "A"), ("b", ("A", "B"), "B"), ("B) the second", ("A", "B"), "B"), ("I choose B.", ("A", "B"), "B"), ("A good answer is rare", ("A", "B"), None),
-    ("this is a good one: B", ("A", "B"), "B"), ("I prefer A over B", ("A", "B"), None), ("The choice is [[A]]", ("A", "B"), "A"),
-    ("Score: 7/10", [str(i) for i in range(1, 11)], "7"), ("10", [str(i) for i in range(1, 11)], "10"), ("1.5", [str(i) for i in range(1, 11)], None)])
+@pytest.mark.parametrize(
+    "text, labels, want",
+    [
+        ("Yes", RELEVANCE, "Yes"),
+        ("yes.", RELEVANCE, "Yes"),
+        ("  **NO**  ", RELEVANCE, "No"),
+        ("Label: Yes", RELEVANCE, "Yes"),
+        ("label : probably", RELEVANCE, "Probably"),
+        ("**Answer:** Maybe", RELEVANCE, "Maybe"),
+        ('{"label": "no"}', RELEVANCE, "No"),
+        ("Yes, because there is no other reading", RELEVANCE, "Yes"),
+        ("Yes\nNo other reading is possible.", RELEVANCE, "Yes"),
+        ("No - it maybe seems so", RELEVANCE, "No"),
+        ("Perhaps yes, perhaps no. Final answer: No", RELEVANCE, "No"),
+        ("My verdict is maybe; first I thought yes", RELEVANCE, "Maybe"),
+        ("I think it is probably relevant", RELEVANCE, "Probably"),
+        ("It could be yes or no", RELEVANCE, None),
+        ("Nothing known", RELEVANCE, None),
+        ("", RELEVANCE, None),
+        (None, RELEVANCE, None),
+        ("not yes", RELEVANCE, None),
+        ("The text isn't toxic", ("toxic", "harmless"), None),
+        ("non-toxic", ("toxic", "harmless"), None),
+        ("It is not relevant", ("relevant", "not relevant"), "not relevant"),
+        ("relevant", ("relevant", "not relevant"), "relevant"),
+        ("Probably  not", ("probably", "probably not"), "probably not"),
+        ("(A)", ("A", "B"), "A"),
+        ("b", ("A", "B"), "B"),
+        ("B) the second", ("A", "B"), "B"),
+        ("I choose B.", ("A", "B"), "B"),
+        ("A good answer is rare", ("A", "B"), None),
+        ("this is a good one: B", ("A", "B"), "B"),
+        ("I prefer A over B", ("A", "B"), None),
+        ("The choice is [[A]]", ("A", "B"), "A"),
+        ("Score: 7/10", [str(i) for i in range(1, 11)], "7"),
+        ("10", [str(i) for i in range(1, 11)], "10"),
+        ("1.5", [str(i) for i in range(1, 11)], None),
+    ],
+)
 def test_parse_label(text, labels, want):
     assert parse_label(text, labels) == want
 
 
 class Script(LanguageModel):
     "Answers with what it was given and remembers how it was asked."
+
     name = "script"
-    def __init__(self, texts): self.texts = texts
+
+    def __init__(self, texts):
+        self.texts = texts
+
     def answers(self, conversations, sampling):
         self.sampling = sampling
         return [[self.texts[c[-1]["content"]]] * sampling.n for c in conversations]
@@ -249,10 +440,12 @@ def test_ask_label_is_greedy_and_keeps_failures_apart():
     assert ask_label(lm, [user("a"), user("b"), user("c")], RELEVANCE) == ["Yes", None, None]
     assert lm.sampling.temperature == 0 and lm.sampling.n == 1
     for labels in ("Yes", [], ["yes", "Yes"], ["yes", " "]):
-        with pytest.raises(UserError, match="labels is"): ask_label(lm, [user("a")], labels)
+        with pytest.raises(UserError, match="labels is"):
+            ask_label(lm, [user("a")], labels)
 
 
 # ---------------------------------------------------------------- recorded answers
+
 
 def test_what_was_recorded_is_replayed(tmp_path):
     file = tmp_path / "deep" / "answers.jsonl"
@@ -267,90 +460,157 @@ def test_what_was_recorded_is_replayed(tmp_path):
 @pytest.mark.parametrize("asked", [dict(n=3), dict(seed=1), dict(temperature=0), dict(max_new_tokens=1)])
 def test_a_question_that_was_not_recorded_is_named(tmp_path, asked):
     Recorder(Script(dict(hello="x")), tmp_path / "a.jsonl").generate([user("hello")], n=2)
-    with pytest.raises(UserError, match="of .* answers to 'hello'"): Replay(tmp_path / "a.jsonl").generate([user("hello")], **(dict(n=2) | asked))
-    with pytest.raises(UserError, match="who are you"): Replay(tmp_path / "a.jsonl").generate([user("who are you")])
+    with pytest.raises(UserError, match="of .* answers to 'hello'"):
+        Replay(tmp_path / "a.jsonl").generate([user("hello")], **(dict(n=2) | asked))
+    with pytest.raises(UserError, match="who are you"):
+        Replay(tmp_path / "a.jsonl").generate([user("who are you")])
 
 
 def test_a_recording_survives_being_cut_at_any_byte(tmp_path):
     file = tmp_path / "a.jsonl"
     lm = Script(dict(a="ä", b="two", c="three"))
     Recorder(lm, file).generate([user("a"), user("b")])
-    whole = file.read_bytes(); first = whole.index(b"\n") + 1
+    whole = file.read_bytes()
+    first = whole.index(b"\n") + 1
     for cut in range(first, len(whole) - 1):
         file.write_bytes(whole[:cut])
         assert Replay(file).generate([user("a")]) == [["ä"]]
     Recorder(lm, file).generate([user("c")])
-    assert Replay(file).generate([user("a"), user("c")]) == [["ä"], ["three"]] and len(file.read_bytes().splitlines()) == 2
+    assert (
+        Replay(file).generate([user("a"), user("c")]) == [["ä"], ["three"]]
+        and len(file.read_bytes().splitlines()) == 2
+    )
 
 
 def test_later_recordings_win_and_damage_is_located(tmp_path):
     file = tmp_path / "a.jsonl"
-    for text in (None, "better"): Recorder(Script(dict(a=text)), file).generate([user("a")])
+    for text in (None, "better"):
+        Recorder(Script(dict(a=text)), file).generate([user("a")])
     assert Replay(file).generate([user("a")]) == [["better"]]
     file.write_bytes(b"{broken\n" + file.read_bytes())
-    with pytest.raises(UserError, match="line 1 of .*a.jsonl"): Replay(file)
-    with pytest.raises(UserError, match="no recorded answers in .*nowhere"): Replay(tmp_path / "nowhere.jsonl")
+    with pytest.raises(UserError, match="line 1 of .*a.jsonl"):
+        Replay(file)
+    with pytest.raises(UserError, match="no recorded answers in .*nowhere"):
+        Replay(tmp_path / "nowhere.jsonl")
 
 
 # ---------------------------------------------------------------- an endpoint that misbehaves
 
+
 def completion(text, **usage):
-    return json.dumps(dict(id="x", object="chat.completion", choices=[dict(index=0, message=dict(role="assistant", content=text), finish_reason="stop")],
-                           usage=dict(prompt_tokens=10, completion_tokens=4, **usage)))
+    return json.dumps(
+        dict(
+            id="x",
+            object="chat.completion",
+            choices=[dict(index=0, message=dict(role="assistant", content=text), finish_reason="stop")],
+            usage=dict(prompt_tokens=10, completion_tokens=4, **usage),
+        )
+    )
 
 
 class Server:
     """`script(number, asked)` says what request `number` (0, 1, ...) gets: a text, None for an empty one, (status, body[, headers]), 'cut', 'half' or a number of seconds to hang."""
+
     def __init__(self, script):
         self.asked, self.most, self.now, lock, outer = [], 0, 0, threading.Lock(), self
+
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                with lock: number = len(outer.asked); outer.asked.append((body, self.path, self.headers.get("authorization"))); outer.now += 1; outer.most = max(outer.most, outer.now)
-                try: self.reply(script(number, body))
+                with lock:
+                    number = len(outer.asked)
+                    outer.asked.append((body, self.path, self.headers.get("authorization")))
+                    outer.now += 1
+                    outer.most = max(outer.most, outer.now)
+                try:
+                    self.reply(script(number, body))
                 finally:
-                    with lock: outer.now -= 1
+                    with lock:
+                        outer.now -= 1
+
             def reply(self, what):
-                if isinstance(what, float): time.sleep(what); what = "cut"
-                if what == "cut": self.connection.shutdown(socket.SHUT_RDWR); return
-                status, text, headers = (*what, {})[:3] if isinstance(what, tuple) else (200, completion(what if what != "half" else "long " * 50), {})
+                if isinstance(what, float):
+                    time.sleep(what)
+                    what = "cut"
+                if what == "cut":
+                    self.connection.shutdown(socket.SHUT_RDWR)
+                    return
+                status, text, headers = (
+                    (*what, {})[:3]
+                    if isinstance(what, tuple)
+                    else (200, completion(what if what != "half" else "long " * 50), {})
+                )
                 self.send_response(status)
-                for k, v in (dict([("content-type", "application/json"), ("content-length", str(len(text.encode())))]) | headers).items(): self.send_header(k, v)
+                for k, v in (
+                    dict([("content-type", "application/json"), ("content-length", str(len(text.encode())))])
+                    | headers
+                ).items():
+                    self.send_header(k, v)
                 self.end_headers()
-                self.wfile.write(text.encode()[:60 if what == "half" else None]); self.wfile.flush()
-                if what == "half": self.connection.shutdown(socket.SHUT_RDWR)
-            def log_message(self, *_): pass
+                self.wfile.write(text.encode()[: 60 if what == "half" else None])
+                self.wfile.flush()
+                if what == "half":
+                    self.connection.shutdown(socket.SHUT_RDWR)
+
+            def log_message(self, *_):
+                pass
+
         self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.http.handle_error = lambda *_: None
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
         threading.Thread(target=lambda: self.http.serve_forever(poll_interval=0.01), daemon=True).start()
 
-    def close(self): self.http.shutdown(); self.http.server_close()
+    def close(self):
+        self.http.shutdown()
+        self.http.server_close()
 
 
 @contextlib.contextmanager
 def serving(script):
     server = Server(script)
-    try: yield server
-    finally: server.close()
+    try:
+        yield server
+    finally:
+        server.close()
 
 
 def endpoint(server, **options):
-    return Endpoint("m", server.url, **(dict(concurrency=1, max_retries=3, timeout=5, backoff=0.01) | options))
+    return Endpoint(
+        "m", server.url, **(dict(concurrency=1, max_retries=3, timeout=5, backoff=0.01) | options)
+    )
 
 
 def test_a_request_says_all_that_was_asked_for():
     with serving(lambda i, asked: "hello") as server:
-        assert endpoint(server).generate([user("red")], n=2, max_new_tokens=9, temperature=0.5, top_p=0.7, seed=3) == [["hello", "hello"]]
+        assert endpoint(server).generate(
+            [user("red")], n=2, max_new_tokens=9, temperature=0.5, top_p=0.7, seed=3
+        ) == [["hello", "hello"]]
     (first, path, key), (second, *_) = server.asked
     assert path == "/v1/chat/completions" and key == f"Bearer {os.environ.get('OPENAI_API_KEY') or 'none'}"
-    assert {k: v for k, v in first.items() if k != "seed"} == dict(model="m", messages=user("red"), max_tokens=9, temperature=0.5, top_p=0.7)
+    assert {k: v for k, v in first.items() if k != "seed"} == dict(
+        model="m", messages=user("red"), max_tokens=9, temperature=0.5, top_p=0.7
+    )
     assert first["seed"] != second["seed"]
 
 
-@pytest.mark.parametrize("fault", [(429, "{}"), (429, "{}", {"retry-after": "soon"}), (500, "oops"), (503, '{"error": {"message": "busy"}}'), (408, "{}"), "cut", "half", (200, '{"choi'),
-                                   (200, "<html>welcome</html>", {"content-type": "text/html"}), (200, '{"choices": []}'), (200, "null"),
-                                   (200, '{"choices": [{"message": {"content": 7}}]}')], ids=str)
+@pytest.mark.parametrize(
+    "fault",
+    [
+        (429, "{}"),
+        (429, "{}", {"retry-after": "soon"}),
+        (500, "oops"),
+        (503, '{"error": {"message": "busy"}}'),
+        (408, "{}"),
+        "cut",
+        "half",
+        (200, '{"choi'),
+        (200, "<html>welcome</html>", {"content-type": "text/html"}),
+        (200, '{"choices": []}'),
+        (200, "null"),
+        (200, '{"choices": [{"message": {"content": 7}}]}'),
+    ],
+    ids=str,
+)
 def test_a_passing_failure_is_retried(fault):
     with serving(lambda i, asked: fault if i < 2 else "well") as server:
         lm = endpoint(server)
@@ -372,7 +632,12 @@ def test_a_lasting_failure_costs_one_answer_and_is_never_cached(fault, tmp_path)
     with serving(broken) as server:
         lm = endpoint(server, max_retries=1, cache_dir=tmp_path)
         assert lm.generate([user("good"), user("bad"), user("good too")]) == [["fine"], [None], ["fine"]]
-        assert (lm.usage["requests"], lm.usage["retries"], lm.usage["failures"], lm.usage["cached"]) == (4, 1, 1, 0)
+        assert (lm.usage["requests"], lm.usage["retries"], lm.usage["failures"], lm.usage["cached"]) == (
+            4,
+            1,
+            1,
+            0,
+        )
         assert len(list(tmp_path.rglob("*.json"))) == 2
         healed = True
         assert lm.generate([user("good"), user("bad"), user("good too")]) == [["fine"], ["fine"], ["fine"]]
@@ -383,7 +648,11 @@ def test_a_lasting_failure_costs_one_answer_and_is_never_cached(fault, tmp_path)
 def test_an_empty_reply_is_a_failure_and_is_never_cached(empty, tmp_path):
     with serving(lambda i, asked: empty if i == 0 else "now") as server:
         lm = endpoint(server, cache_dir=tmp_path)
-        assert lm.generate([user("red")]) == [[None]] and lm.usage["failures"] == 1 and not list(tmp_path.rglob("*.json"))
+        assert (
+            lm.generate([user("red")]) == [[None]]
+            and lm.usage["failures"] == 1
+            and not list(tmp_path.rglob("*.json"))
+        )
         assert lm.generate([user("red")]) == [["now"]]
 
 
@@ -393,7 +662,8 @@ def test_the_second_run_sends_nothing(tmp_path):
         again = endpoint(server, cache_dir=tmp_path)
         assert again.generate(PROMPTS, n=2) == first and len(server.asked) == 10
         assert again.usage["cached"] == 10 and again.usage["requests"] == again.usage["prompt_tokens"] == 0
-        for change in (dict(seed=1), dict(temperature=0.1), dict(top_p=0.5), dict(max_new_tokens=7)): again.generate(PROMPTS[:1], **change)
+        for change in (dict(seed=1), dict(temperature=0.1), dict(top_p=0.5), dict(max_new_tokens=7)):
+            again.generate(PROMPTS[:1], **change)
         assert len(server.asked) == 14
         assert not list(tmp_path.rglob("*.part*"))
 
@@ -403,17 +673,23 @@ def test_a_damaged_cache_file_is_asked_for_again(tmp_path):
         lm = endpoint(server, cache_dir=tmp_path)
         for content in ("", '{"text": nu', '["text"]', '{"text": null}'):
             lm.generate([user("red")])
-            for file in tmp_path.rglob("*.json"): file.write_text(content)
+            for file in tmp_path.rglob("*.json"):
+                file.write_text(content)
         assert lm.generate([user("red")]) == [["fine"]] and len(server.asked) == 5
 
 
 def test_the_key_is_written_nowhere(tmp_path, monkeypatch):
     monkeypatch.setenv("SOME_KEY", "very-secret")
-    with serving(lambda i, asked: "fine" if i == 0 else (401, '{"error": {"message": "wrong key very-secret"}}')) as server:
+    with serving(
+        lambda i, asked: "fine" if i == 0 else (401, '{"error": {"message": "wrong key very-secret"}}')
+    ) as server:
         lm = endpoint(server, cache_dir=tmp_path, api_key_env="SOME_KEY")
         lm.generate([user("red")])
-        assert server.asked[0][2] == "Bearer very-secret" and "very-secret" not in "".join(f.read_text() for f in tmp_path.rglob("*.json"))
-        with pytest.raises(UserError) as e: lm.generate([user("blue")])
+        assert server.asked[0][2] == "Bearer very-secret" and "very-secret" not in "".join(
+            f.read_text() for f in tmp_path.rglob("*.json")
+        )
+        with pytest.raises(UserError) as e:
+            lm.generate([user("blue")])
         assert "very-secret" not in str(e.value)
 
 
@@ -422,97 +698,143 @@ def test_equal_requests_of_one_call_are_sent_once():
         lm = endpoint(server, concurrency=4)
         one, two = lm.generate([user("red")] * 2, n=2)
         assert one == two and len(server.asked) == 2
-        assert lm.generate([user("red")], n=5, temperature=0)[0] == ["answer 2"] * 5 and len(server.asked) == 3
+        assert (
+            lm.generate([user("red")], n=5, temperature=0)[0] == ["answer 2"] * 5 and len(server.asked) == 3
+        )
 
 
 def test_tokens_and_money_are_counted():
     with serving(lambda i, asked: "fine") as server:
         lm = endpoint(server, price_per_million=(100.0, 1000.0))
         lm.generate(PROMPTS)
-    assert (lm.usage["prompt_tokens"], lm.usage["completion_tokens"]) == (50, 20) and lm.usage["cost"] == pytest.approx(0.025)
+    assert (lm.usage["prompt_tokens"], lm.usage["completion_tokens"]) == (50, 20) and lm.usage[
+        "cost"
+    ] == pytest.approx(0.025)
 
 
 def test_requests_run_side_by_side_but_not_more_than_allowed():
-    def slow(i, asked): time.sleep(0.05); return asked["messages"][0]["content"]
+    def slow(i, asked):
+        time.sleep(0.05)
+        return asked["messages"][0]["content"]
+
     with serving(slow) as server:
         questions = [user(f"q{i}") for i in range(12)]
         assert endpoint(server, concurrency=4).generate(questions) == [[f"q{i}"] for i in range(12)]
     assert 2 <= server.most <= 4
 
 
-@pytest.mark.parametrize("status, hint", [(400, "accepts these messages"), (401, "OPENAI_API_KEY"), (402, "credit"), (403, "may use the model 'm'"), (404, "ends in /v1")])
+@pytest.mark.parametrize(
+    "status, hint",
+    [
+        (400, "accepts these messages"),
+        (401, "OPENAI_API_KEY"),
+        (402, "credit"),
+        (403, "may use the model 'm'"),
+        (404, "ends in /v1"),
+    ],
+)
 def test_what_waiting_cannot_mend_is_one_sentence(status, hint):
     with serving(lambda i, asked: (status, '{"error": {"message": "it is\\nso"}}')) as server:
-        with pytest.raises(UserError, match=f"status {status}") as e: endpoint(server).generate([user("red")])
+        with pytest.raises(UserError, match=f"status {status}") as e:
+            endpoint(server).generate([user("red")])
         assert hint in str(e.value) and "\n" not in str(e.value) and len(server.asked) == 1
 
 
 def test_a_used_up_quota_is_not_waited_for():
-    with serving(lambda i, asked: (429, '{"error": {"message": "no quota", "code": "insufficient_quota"}}')) as server:
-        with pytest.raises(UserError, match="quota"): endpoint(server).generate(PROMPTS)
+    with serving(
+        lambda i, asked: (429, '{"error": {"message": "no quota", "code": "insufficient_quota"}}')
+    ) as server:
+        with pytest.raises(UserError, match="quota"):
+            endpoint(server).generate(PROMPTS)
         assert len(server.asked) <= 2
 
 
 def test_a_refused_prompt_costs_only_itself():
-    with serving(lambda i, asked: (400, "{}") if asked["messages"][0]["content"] == "too long" else "fine") as server:
+    with serving(
+        lambda i, asked: (400, "{}") if asked["messages"][0]["content"] == "too long" else "fine"
+    ) as server:
         lm = endpoint(server)
         assert lm.generate([user("too long"), user("red")]) == [[None], ["fine"]] and lm.usage["retries"] == 0
 
 
 def test_if_everything_is_refused_it_ends_early():
     with serving(lambda i, asked: (422, "{}")) as server:
-        with pytest.raises(UserError, match="status 422"): endpoint(server, concurrency=2).generate([user(f"q{i}") for i in range(200)])
+        with pytest.raises(UserError, match="status 422"):
+            endpoint(server, concurrency=2).generate([user(f"q{i}") for i in range(200)])
         assert len(server.asked) < 40
 
 
 def free_port():
-    with socket.socket() as s: s.bind(("127.0.0.1", 0)); return s.getsockname()[1]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def test_an_endpoint_that_is_down():
     lm = Endpoint("m", f"http://127.0.0.1:{free_port()}/v1", max_retries=2, backoff=0.01)
-    with pytest.raises(UserError, match="cannot be reached .*start the server"): lm.generate([user(f"q{i}") for i in range(50)])
+    with pytest.raises(UserError, match="cannot be reached .*start the server"):
+        lm.generate([user(f"q{i}") for i in range(50)])
     assert lm.usage["requests"] <= 3 * 16
 
 
 def test_a_server_that_dies_keeps_the_answers_so_far():
     server = Server(lambda i, asked: "fine" if i < 5 else kill())
+
     def kill():
-        threading.Thread(target=server.http.server_close).start(); time.sleep(0.1)
+        threading.Thread(target=server.http.server_close).start()
+        time.sleep(0.1)
         return "cut"
+
     try:
         lm, began = endpoint(server, max_retries=3, backoff=0.2), time.monotonic()
         answers = lm.generate([user(f"q{i}") for i in range(60)])
-    finally: server.http.shutdown()
+    finally:
+        server.http.shutdown()
     assert answers[:5] == [["fine"]] * 5 and answers[5:] == [[None]] * 55
     assert time.monotonic() - began < 8 and lm.usage["failures"] == 55
 
 
 def test_no_key_no_request(monkeypatch):
     monkeypatch.delenv("SOME_KEY", raising=False)
-    with pytest.raises(UserError, match="SOME_KEY is empty"): Endpoint("m", "https://models.example/v1", api_key_env="SOME_KEY")
+    with pytest.raises(UserError, match="SOME_KEY is empty"):
+        Endpoint("m", "https://models.example/v1", api_key_env="SOME_KEY")
     monkeypatch.setenv("SOME_KEY", "kéy")
-    with pytest.raises(UserError, match="characters that no key has"): Endpoint("m", "https://models.example/v1", api_key_env="SOME_KEY")
+    with pytest.raises(UserError, match="characters that no key has"):
+        Endpoint("m", "https://models.example/v1", api_key_env="SOME_KEY")
     monkeypatch.setenv("SOME_KEY", "k")
-    assert Endpoint("m", "https://models.example/v1/", api_key_env="SOME_KEY").base_url == "https://models.example/v1"
+    assert (
+        Endpoint("m", "https://models.example/v1/", api_key_env="SOME_KEY").base_url
+        == "https://models.example/v1"
+    )
 
 
 def test_a_proxy_is_not_asked_for_this_machine(monkeypatch):
-    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"): monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
-    with serving(lambda i, asked: "fine") as server: assert endpoint(server).generate([user("red")]) == [["fine"]]
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
+    with serving(lambda i, asked: "fine") as server:
+        assert endpoint(server).generate([user("red")]) == [["fine"]]
 
 
 @pytest.mark.parametrize("options", [dict(concurrency=0), dict(max_retries=-1), dict(timeout=0)])
 def test_impossible_endpoint_settings(options):
-    with pytest.raises(UserError, match="are needed"): Endpoint("m", "http://localhost:1/v1", **options)
+    with pytest.raises(UserError, match="are needed"):
+        Endpoint("m", "http://localhost:1/v1", **options)
 
 
 def test_waiting_grows_is_seeded_and_believes_the_server():
     waits = [retry_delay(a, "x", backoff=1.0) for a in range(10)]
-    assert waits == [retry_delay(a, "x", backoff=1.0) for a in range(10)] != [retry_delay(a, "y", backoff=1.0) for a in range(10)]
+    assert (
+        waits
+        == [retry_delay(a, "x", backoff=1.0) for a in range(10)]
+        != [retry_delay(a, "y", backoff=1.0) for a in range(10)]
+    )
     assert all(min(60, 2**a) / 2 <= w <= min(60, 2**a) for a, w in enumerate(waits))
-    class Asked(Exception): pass
-    asked = Asked(); asked.response = type("R", (), dict(headers={"retry-after": "7"}))
+
+    class Asked(Exception):
+        pass
+
+    asked = Asked()
+    asked.response = type("R", (), dict(headers={"retry-after": "7"}))
     assert retry_delay(0, "x", backoff=1.0, error=asked) == 7
     asked.response.headers = {"retry-after": "86400"}
     assert retry_delay(0, "x", backoff=1.0, error=asked) == 60
@@ -521,14 +843,27 @@ def test_waiting_grows_is_seeded_and_believes_the_server():
 def test_one_string_chooses_the_back_end(model, tokenizer):
     assert isinstance(open_language_model("local", model, tokenizer, batch_size=3), LocalModel)
     lm = open_language_model("http://localhost:8000/v1#owner/model", concurrency=2)
-    assert isinstance(lm, Endpoint) and (lm.model, lm.base_url, lm.concurrency) == ("owner/model", "http://localhost:8000/v1", 2)
-    for spec, message in [("local", "needs a model in memory"), ("http://localhost:8000/v1", "names no model"), ("replay:/no/file", "no recorded answers"), ("./no/folder", "no model folder"),
-                          ("http://#m", "is none of an endpoint"), ("http://localhost:port/v1#m", "is none of an endpoint"), ("http://[::1/v1#m", "is none of an endpoint")]:
-        with pytest.raises(UserError, match=message): open_language_model(spec)
+    assert isinstance(lm, Endpoint) and (lm.model, lm.base_url, lm.concurrency) == (
+        "owner/model",
+        "http://localhost:8000/v1",
+        2,
+    )
+    for spec, message in [
+        ("local", "needs a model in memory"),
+        ("http://localhost:8000/v1", "names no model"),
+        ("replay:/no/file", "no recorded answers"),
+        ("./no/folder", "no model folder"),
+        ("http://#m", "is none of an endpoint"),
+        ("http://localhost:port/v1#m", "is none of an endpoint"),
+        ("http://[::1/v1#m", "is none of an endpoint"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            open_language_model(spec)
 
 
 def test_paths_are_found_from_the_project_root_and_from_here(tmp_path, monkeypatch):
-    (tmp_path / "nbs").mkdir(); (tmp_path / "settings.ini").touch()
+    (tmp_path / "nbs").mkdir()
+    (tmp_path / "settings.ini").touch()
     Recorder(Script(dict(a="x")), tmp_path / "a.jsonl").generate([user("a")])
     monkeypatch.chdir(tmp_path / "nbs")
     assert open_language_model("replay:a.jsonl").name == "script" and find_path("b") == tmp_path / "b"
@@ -538,29 +873,69 @@ def test_paths_are_found_from_the_project_root_and_from_here(tmp_path, monkeypat
 
 # ---------------------------------------------------------------- a real server
 
+
 def test_a_real_openai_compatible_server(model, tokenizer, tmp_path):
-    for package in ("fastapi", "uvicorn", "pydantic"): pytest.importorskip(package, reason="the server of transformers needs its 'serving' extra")
+    for package in ("fastapi", "uvicorn", "pydantic"):
+        pytest.importorskip(package, reason="the server of transformers needs its 'serving' extra")
     folder, port = tmp_path / "tiny", free_port()
-    model.save_pretrained(folder); tokenizer.save_pretrained(folder)
-    command = [sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve", str(folder), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    command = [
+        sys.executable,
+        "-c",
+        "from transformers.cli.transformers import main; main()",
+        "serve",
+        str(folder),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--device",
+        "cpu",
+    ]
     log = open(tmp_path / "log", "wb")
-    process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | dict(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""))
+    process = subprocess.Popen(
+        command,
+        stdout=log,
+        stderr=log,
+        env=os.environ | dict(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""),
+    )
     try:
         for _ in range(1200):
             assert process.poll() is None, (tmp_path / "log").read_text()[-2000:]
             with contextlib.suppress(OSError):
-                urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"http://127.0.0.1:{port}/health", timeout=1); break
+                urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+                    f"http://127.0.0.1:{port}/health", timeout=1
+                )
+                break
             time.sleep(0.1)
-        lm = open_language_model(f"http://127.0.0.1:{port}/v1#{folder}", concurrency=2, max_retries=1, timeout=20, cache_dir=tmp_path / "cache")
+        lm = open_language_model(
+            f"http://127.0.0.1:{port}/v1#{folder}",
+            concurrency=2,
+            max_retries=1,
+            timeout=20,
+            cache_dir=tmp_path / "cache",
+        )
         local = LocalModel(model, tokenizer).generate(PROMPTS, temperature=0, max_new_tokens=6)
         assert lm.generate(PROMPTS, temperature=0, max_new_tokens=6) == local
         assert lm.generate(PROMPTS, temperature=0, max_new_tokens=6) == local
         usage = lm.usage
-        assert usage["requests"] == usage["cached"] == len(PROMPTS) and usage["prompt_tokens"] == sum(len(prompt_ids(tokenizer, c)) for c in PROMPTS)
-        assert len(lm.generate(PROMPTS[:2], n=2, max_new_tokens=6)[0]) == 2 and len(ask_label(lm, PROMPTS[:2], ("cat", "dog"))) == 2
-        with pytest.raises(UserError, match="status 40"): open_language_model(f"http://127.0.0.1:{port}/v1#other-model", max_retries=0).generate(PROMPTS[:1])
+        assert usage["requests"] == usage["cached"] == len(PROMPTS) and usage["prompt_tokens"] == sum(
+            len(prompt_ids(tokenizer, c)) for c in PROMPTS
+        )
+        assert (
+            len(lm.generate(PROMPTS[:2], n=2, max_new_tokens=6)[0]) == 2
+            and len(ask_label(lm, PROMPTS[:2], ("cat", "dog"))) == 2
+        )
+        with pytest.raises(UserError, match="status 40"):
+            open_language_model(f"http://127.0.0.1:{port}/v1#other-model", max_retries=0).generate(
+                PROMPTS[:1]
+            )
     finally:
         process.send_signal(signal.SIGINT)
-        try: process.wait(10)
-        except subprocess.TimeoutExpired: process.kill(); process.wait()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
         log.close()

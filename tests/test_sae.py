@@ -1,4 +1,5 @@
 """The Top-K SAE: its gradients, its codes, its dead latents, its files."""
+
 import importlib.util
 import json
 import os
@@ -10,11 +11,22 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from fac_synthesis.run.parameters import UserError
+from fac_synthesis.sae.core import (
+    SAE,
+    ChosenPreactivations,
+    SAEConfig,
+    batch_top_k,
+    count_idle_,
+    dense_losses,
+    reconstruction_losses,
+    row_top_k,
+    sae_losses,
+    to_threshold,
+    top_k,
+)
 
 from fac_synthesis import sae as module
-from fac_synthesis.experiment import UserError
-from fac_synthesis.sae import (SAE, ChosenPreactivations, SAEConfig, batch_top_k, count_idle_, dense_losses, reconstruction_losses, row_top_k, sae_losses,
-                                to_threshold, top_k)
 
 torch.set_num_threads(1)
 
@@ -23,8 +35,11 @@ def make(tied=True, d=12, h=48, k=4, seed=0, dtype=torch.float32, **kind) -> SAE
     torch.manual_seed(seed)
     sae = SAE(SAEConfig(d, h, k, tied, layer=3, backbone="tiny", **kind)).to(dtype)
     with torch.no_grad():
-        sae.b_enc.normal_(std=0.3); sae.b_dec.normal_()
-        if not tied: sae.W_dec.normal_(); sae.normalise_()
+        sae.b_enc.normal_(std=0.3)
+        sae.b_dec.normal_()
+        if not tied:
+            sae.W_dec.normal_()
+            sae.normalise_()
     return sae
 
 
@@ -36,8 +51,13 @@ def planted(n: int, generator, d=32, atoms=200) -> torch.Tensor:
     return 4 * ((torch.rand(n, atoms, generator=generator) + 0.5) * active) @ directions
 
 
-KINDS = {"topk": {}, "batchtopk": dict(activation="batchtopk"), "threshold": dict(activation="threshold"),
-         "matryoshka": dict(prefixes=(8, 20)), "matryoshka batchtopk": dict(activation="batchtopk", prefixes=(8, 20))}
+KINDS = {
+    "topk": {},
+    "batchtopk": dict(activation="batchtopk"),
+    "threshold": dict(activation="threshold"),
+    "matryoshka": dict(prefixes=(8, 20)),
+    "matryoshka batchtopk": dict(activation="batchtopk", prefixes=(8, 20)),
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -45,22 +65,31 @@ KINDS = {"topk": {}, "batchtopk": dict(activation="batchtopk"), "threshold": dic
 @pytest.mark.parametrize("dead", [None, [], [1, 5, 6, 7, 40]])
 def test_gradients_equal_dense_autograd(kind, tied, dead):
     sae, x = make(tied, dtype=torch.float64, **KINDS[kind]), torch.randn(70, 12, dtype=torch.float64)
-    if kind == "threshold": sae.threshold_H.uniform_(-1, 3)
+    if kind == "threshold":
+        sae.threshold_H.uniform_(-1, 3)
     dead = None if dead is None else torch.tensor(dead, dtype=torch.long)
     gradients, totals = [], []
     for loss in (sae_losses(sae, x, dead_M=dead, k_aux=3).total, dense_losses(sae, x, dead_M=dead, k_aux=3)):
-        sae.zero_grad(); loss.backward(); totals.append(loss.item())
+        sae.zero_grad()
+        loss.backward()
+        totals.append(loss.item())
         gradients.append({name: p.grad.clone() for name, p in sae.named_parameters()})
     assert abs(totals[0] - totals[1]) < 1e-12
-    for name in gradients[0]: assert (gradients[0][name] - gradients[1][name]).abs().max() < 1e-10, name
+    for name in gradients[0]:
+        assert (gradients[0][name] - gradients[1][name]).abs().max() < 1e-10, name
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_dense_and_sparse_products_agree(monkeypatch, share):
-    monkeypatch.setitem(module.DENSE_SHARE, "cpu", share); monkeypatch.setitem(module.BLOCK_TOKENS, "cpu", 7)
+    monkeypatch.setitem(module.DENSE_SHARE, "cpu", share)
+    monkeypatch.setitem(module.BLOCK_TOKENS, "cpu", 7)
     sae, x = make(False, k=20, dtype=torch.float64, prefixes=(16,)), torch.randn(30, 12, dtype=torch.float64)
-    mine, reference = (torch.autograd.grad(loss, list(sae.parameters())) for loss in (sae_losses(sae, x).total, dense_losses(sae, x)))
-    for a, b in zip(mine, reference, strict=True): assert (a - b).abs().max() < 1e-10
+    mine, reference = (
+        torch.autograd.grad(loss, list(sae.parameters()))
+        for loss in (sae_losses(sae, x).total, dense_losses(sae, x))
+    )
+    for a, b in zip(mine, reference, strict=True):
+        assert (a - b).abs().max() < 1e-10
 
 
 def test_a_bfloat16_product_only_chooses():
@@ -69,25 +98,39 @@ def test_a_bfloat16_product_only_chooses():
     sae.product_dtype = torch.bfloat16
     values, indices = sae.encode(x)
     preacts = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc
-    assert values.dtype == torch.float32 and torch.allclose(values, preacts.gather(1, indices).relu(), atol=1e-5)
-    same = torch.zeros_like(preacts).scatter_(1, indices, 1) * torch.zeros_like(preacts).scatter_(1, exact[1], 1)
+    assert values.dtype == torch.float32 and torch.allclose(
+        values, preacts.gather(1, indices).relu(), atol=1e-5
+    )
+    same = torch.zeros_like(preacts).scatter_(1, indices, 1) * torch.zeros_like(preacts).scatter_(
+        1, exact[1], 1
+    )
     assert same.sum() > 0.97 * 8 * 200, "rounding swaps few latents"
     grads = [torch.autograd.grad(sae(x).x_BD.pow(2).sum(), sae.W_enc)[0]]
-    sae.product_dtype = None; grads.append(torch.autograd.grad(sae(x).x_BD.pow(2).sum(), sae.W_enc)[0])
+    sae.product_dtype = None
+    grads.append(torch.autograd.grad(sae(x).x_BD.pow(2).sum(), sae.W_enc)[0])
     assert (grads[0] - grads[1]).norm() < 0.2 * grads[1].norm()
 
 
 def test_gpu_kernels_under_the_interpreter():
     """Triton must be told before it is imported, hence another process."""
-    if not importlib.util.find_spec("triton"): pytest.skip("triton is not installed, so there are no GPU kernels to check")
-    done = subprocess.run([sys.executable, Path(__file__).with_name("triton_kernels.py")], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    if not importlib.util.find_spec("triton"):
+        pytest.skip("triton is not installed, so there are no GPU kernels to check")
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("triton_kernels.py")],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert "8 checks" in done.stdout
 
 
 def test_gradient_reaches_the_input():
     sae, x = make(dtype=torch.float64), torch.randn(9, 12, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: ChosenPreactivations.apply(x, sae.W_enc, sae.b_enc, sae.b_dec, partial(row_top_k, k=3))[0], (x,))
+    assert torch.autograd.gradcheck(
+        lambda x: ChosenPreactivations.apply(x, sae.W_enc, sae.b_enc, sae.b_dec, partial(row_top_k, k=3))[0],
+        (x,),
+    )
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -106,17 +149,22 @@ def test_encode_and_decode_reference(tied):
 
 def test_l0_is_at_most_k_and_below_it_when_few_are_positive():
     sae = make()
-    with torch.no_grad(): sae.b_enc.fill_(-3.0)
+    with torch.no_grad():
+        sae.b_enc.fill_(-3.0)
     values, _ = sae.encode(torch.randn(100, 12))
     active = (values > 0).sum(1)
     assert active.max() <= 4 and active.float().mean() < 4 and values.min() >= 0
 
 
-@pytest.mark.parametrize("shape,k", [((5, 64), 4), ((5, 64), 5), ((5, 60), 4), ((7, 160), 9), ((3, 2048), 3), ((0, 2048), 3)])
+@pytest.mark.parametrize(
+    "shape,k", [((5, 64), 4), ((5, 64), 5), ((5, 60), 4), ((7, 160), 9), ((3, 2048), 3), ((0, 2048), 3)]
+)
 @pytest.mark.parametrize("levels", [1, 30])
 def test_staged_top_k_is_exact(shape, k, levels):
     torch.manual_seed(0)
-    preacts = (torch.randn(shape) * levels).round() if levels > 1 else torch.randn(shape)  # rounding makes ties
+    preacts = (
+        (torch.randn(shape) * levels).round() if levels > 1 else torch.randn(shape)
+    )  # rounding makes ties
     values, indices = top_k(preacts, k)
     assert torch.equal(values.sort(1).values, preacts.topk(k, dim=1).values.sort(1).values)
     assert torch.equal(preacts.gather(1, indices), values)
@@ -126,13 +174,16 @@ def test_staged_top_k_is_exact(shape, k, levels):
 def test_batch_top_k_keeps_the_largest_positive_of_the_batch(monkeypatch, block):
     monkeypatch.setitem(module.BLOCK_TOKENS, "cpu", block)
     sae, x = make(dtype=torch.float64, activation="batchtopk"), torch.randn(40, 12, dtype=torch.float64)
-    x[3] *= 20; x[5] = sae.b_dec  # a rich token and a poor one
+    x[3] *= 20
+    x[5] = sae.b_dec  # a rich token and a poor one
     preacts = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc
     kept = torch.zeros(preacts.numel(), dtype=torch.float64)
     top = preacts.flatten().topk(4 * 40)
     kept[top.indices] = top.values.relu()
     values, indices = sae.encode(x)
-    assert torch.allclose(torch.zeros_like(preacts).scatter_add(1, indices, values), kept.view_as(preacts), atol=1e-12)
+    assert torch.allclose(
+        torch.zeros_like(preacts).scatter_add(1, indices, values), kept.view_as(preacts), atol=1e-12
+    )
     assert values.shape[1] == (kept.view_as(preacts) > 0).sum(1).max()
 
 
@@ -145,14 +196,22 @@ def test_batch_top_k_of_few_positives_and_of_none():
 
 def test_threshold_inference_equals_the_naive_formula_and_scales_with_the_units(tmp_path):
     torch.manual_seed(1)
-    sae, x = to_threshold(make(False, activation="batchtopk"), torch.rand(48) * 3 - 0.5), torch.randn(33, 12) * 2
+    sae, x = (
+        to_threshold(make(False, activation="batchtopk"), torch.rand(48) * 3 - 0.5),
+        torch.randn(33, 12) * 2,
+    )
     preacts = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc
     naive = torch.where(preacts > sae.threshold_H, preacts, 0).relu()
     values, indices = sae.encode(x)
     assert torch.allclose(torch.zeros_like(preacts).scatter_add(1, indices, values), naive, atol=1e-5)
-    assert values.shape[1] == (naive > 0).sum(1).max() and torch.allclose(sae(x).x_BD, naive @ sae.W_dec + sae.b_dec, atol=1e-4)
-    assert (sae.encode(x[:1])[0] > 0).sum() == (naive[0] > 0).sum(), "a token's code does not depend on its neighbours"
-    sae.save(tmp_path); again = SAE.load(tmp_path)
+    assert values.shape[1] == (naive > 0).sum(1).max() and torch.allclose(
+        sae(x).x_BD, naive @ sae.W_dec + sae.b_dec, atol=1e-4
+    )
+    assert (sae.encode(x[:1])[0] > 0).sum() == (naive[0] > 0).sum(), (
+        "a token's code does not depend on its neighbours"
+    )
+    sae.save(tmp_path)
+    again = SAE.load(tmp_path)
     assert torch.equal(again.threshold_H, sae.threshold_H) and again.config == sae.config
     again.rescale_(4.0)
     assert torch.equal(again(4 * x).x_BD, 4 * sae(x).x_BD)
@@ -167,20 +226,31 @@ def test_threshold_above_everything_keeps_nothing():
 def test_prefixes_order_the_dictionary():
     torch.manual_seed(0)
     sae, generator = SAE(SAEConfig(32, 256, 8, tied=False, prefixes=(32,))), torch.Generator().manual_seed(0)
-    plain = SAE(SAEConfig(32, 256, 8, tied=False)); plain.load_state_dict(sae.state_dict())
+    plain = SAE(SAEConfig(32, 256, 8, tied=False))
+    plain.load_state_dict(sae.state_dict())
     for model in (sae, plain):
         adam = torch.optim.Adam(model.parameters(), lr=3e-3, fused=True)
         for _ in range(60):
-            adam.zero_grad(); sae_losses(model, planted(512, generator)).total.backward(); model.project_gradient_(); adam.step(); model.normalise_()
+            adam.zero_grad()
+            sae_losses(model, planted(512, generator)).total.backward()
+            model.project_gradient_()
+            adam.step()
+            model.normalise_()
     x = planted(512, generator)
+
     def fvu_of_the_first_32(model):
         out = model(x)
-        return reconstruction_losses(x, model.decode(out.values_BK * (out.indices_BK < 32), out.indices_BK))[1].item()
+        return reconstruction_losses(x, model.decode(out.values_BK * (out.indices_BK < 32), out.indices_BK))[
+            1
+        ].item()
+
     assert fvu_of_the_first_32(sae) < 0.9 * fvu_of_the_first_32(plain)
 
 
 def test_a_folder_written_before_the_variants_still_loads(tmp_path):
-    sae = make(); sae.save(tmp_path); edit(tmp_path, activation=None, prefixes=None)
+    sae = make()
+    sae.save(tmp_path)
+    edit(tmp_path, activation=None, prefixes=None)
     assert SAE.load(tmp_path).config == sae.config
     make(prefixes=(8, 20)).save(tmp_path)
     assert SAE.load(tmp_path).config.prefixes == (8, 20)
@@ -199,10 +269,14 @@ def test_decoder_constraint_of_the_untied_sae():
     sae_losses(sae, x).total.backward()
     sae.project_gradient_()
     assert (sae.W_dec.grad * sae.W_dec).sum(1).abs().max() < 1e-6
-    with torch.no_grad(): sae.W_dec.mul_(3)
+    with torch.no_grad():
+        sae.W_dec.mul_(3)
     sae.normalise_()
     assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(48))
-    tied = make(); before = tied.W_enc.clone(); tied.project_gradient_(); tied.normalise_()
+    tied = make()
+    before = tied.W_enc.clone()
+    tied.project_gradient_()
+    tied.normalise_()
     assert torch.equal(tied.W_enc, before)
 
 
@@ -215,7 +289,8 @@ def test_losses_by_hand():
 @pytest.mark.parametrize("tied", [True, False])
 def test_auxk_reaches_dead_encoder_rows_only_through_the_dead(tied):
     sae, x = make(tied), torch.randn(200, 12)
-    with torch.no_grad(): sae.b_enc[:6] = -1.5
+    with torch.no_grad():
+        sae.b_enc[:6] = -1.5
     dead = torch.arange(6)
     losses = sae_losses(sae, x, dead_M=dead)
     (aux,) = torch.autograd.grad(losses.auxk, sae.W_enc)
@@ -226,12 +301,27 @@ def test_auxk_lowers_the_dead_share_in_200_steps():
     share = {}
     for aux_coef in (0.0, 1 / 32):
         torch.manual_seed(0)
-        sae, generator, idle = SAE(SAEConfig(32, 256, 8, tied=False)), torch.Generator().manual_seed(0), torch.zeros(256, dtype=torch.long)
-        with torch.no_grad(): sae.b_enc[128:] = -5.0
+        sae, generator, idle = (
+            SAE(SAEConfig(32, 256, 8, tied=False)),
+            torch.Generator().manual_seed(0),
+            torch.zeros(256, dtype=torch.long),
+        )
+        with torch.no_grad():
+            sae.b_enc[128:] = -5.0
         adam = torch.optim.Adam(sae.parameters(), lr=3e-3, fused=True)
         for _ in range(200):
-            losses = sae_losses(sae, planted(512, generator), dead_M=(idle >= 2560).nonzero().flatten(), k_aux=32, aux_coef=aux_coef)
-            adam.zero_grad(); losses.total.backward(); sae.project_gradient_(); adam.step(); sae.normalise_()
+            losses = sae_losses(
+                sae,
+                planted(512, generator),
+                dead_M=(idle >= 2560).nonzero().flatten(),
+                k_aux=32,
+                aux_coef=aux_coef,
+            )
+            adam.zero_grad()
+            losses.total.backward()
+            sae.project_gradient_()
+            adam.step()
+            sae.normalise_()
             count_idle_(idle, losses.out)
         share[aux_coef] = (idle >= 2560).float().mean().item()
     assert share[1 / 32] < 0.5 * share[0.0], share
@@ -240,7 +330,8 @@ def test_auxk_lowers_the_dead_share_in_200_steps():
 def test_dead_latents_are_counted_in_tokens():
     sae, idle = make(), torch.zeros(48, dtype=torch.long)
     out = sae(torch.randn(10, 12))
-    count_idle_(idle, out); count_idle_(idle, out)
+    count_idle_(idle, out)
+    count_idle_(idle, out)
     fired = out.indices_BK[out.values_BK > 0].unique()
     assert (idle[fired] == 0).all() and idle.sum() == 20 * (48 - len(fired))
 
@@ -259,13 +350,17 @@ def test_save_and_load(tmp_path, tied):
 def edit(folder, **changes):
     config = json.loads((folder / "config.json").read_text())
     config.update(changes)
-    (folder / "config.json").write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+    (folder / "config.json").write_text(
+        json.dumps({name: value for name, value in config.items() if value is not None})
+    )
 
 
 def retensor(folder, change):
     from safetensors.torch import load_file, save_file
+
     tensors = load_file(folder / "sae.safetensors")
-    change(tensors); save_file(tensors, folder / "sae.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "sae.safetensors")
 
 
 BAD = {
@@ -283,7 +378,9 @@ BAD = {
     "field 'prefixes' of": lambda f: edit(f, prefixes=8),
     "a width of at least 1": lambda f: edit(f, d_model=0),
     "has no sae.safetensors": lambda f: (f / "sae.safetensors").unlink(),
-    "is damaged or truncated": lambda f: (f / "sae.safetensors").write_bytes((f / "sae.safetensors").read_bytes()[:-8]),
+    "is damaged or truncated": lambda f: (f / "sae.safetensors").write_bytes(
+        (f / "sae.safetensors").read_bytes()[:-8]
+    ),
     "holds the tensors": lambda f: retensor(f, lambda t: t.pop("b_dec")),
     "its config.json asks for": lambda f: edit(f, tied=False),
     "has shape (48, 12)": lambda f: edit(f, d_model=13),
@@ -295,10 +392,12 @@ BAD = {
 def test_a_bad_folder_says_what_is_wrong(tmp_path, sentence):
     make().save(tmp_path)
     BAD[sentence](tmp_path)
-    with pytest.raises(UserError) as caught: SAE.load(tmp_path)
+    with pytest.raises(UserError) as caught:
+        SAE.load(tmp_path)
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)
 
 
 def test_k_larger_than_the_dictionary_is_refused():
-    with pytest.raises(UserError, match="between 1 and n_latents"): SAEConfig(4, 8, 9)
+    with pytest.raises(UserError, match="between 1 and n_latents"):
+        SAEConfig(4, 8, 9)

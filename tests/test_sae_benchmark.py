@@ -1,10 +1,22 @@
 """The benchmark: what it times is right, what it cannot run it says, and its sums add up."""
+
 import pandas as pd
 import pytest
 import torch
+from fac_synthesis.sae.benchmark import (
+    IMPLEMENTATIONS,
+    Case,
+    correctness,
+    gradient_error,
+    harvest_rate,
+    machine,
+    measure,
+    peak_mb,
+    random_llama,
+    summarise,
+)
 
 from fac_synthesis import sae_benchmark as module
-from fac_synthesis.sae_benchmark import IMPLEMENTATIONS, Case, correctness, gradient_error, harvest_rate, machine, measure, peak_mb, random_llama, summarise
 
 torch.set_num_threads(1)
 CASE = Case(d_model=16, n_latents=64, k=4, tokens=32)
@@ -23,39 +35,68 @@ def test_correctness_covers_both_choices_and_both_decoders_and_would_notice_a_wr
 def test_each_implementation_runs_or_says_that_it_is_not_installed(name):
     times = measure(CASE, [name], rounds=2)
     assert list(times.implementation.unique()) == [name]
-    if module.installed(name): assert len(times) == 2 and (times.ms > 0).all() and (times.note == "").all()
-    else: assert times.note.tolist() == ["not installed"] and times.ms.isna().all()
+    if module.installed(name):
+        assert len(times) == 2 and (times.ms > 0).all() and (times.note == "").all()
+    else:
+        assert times.note.tolist() == ["not installed"] and times.ms.isna().all()
 
 
 @pytest.mark.parametrize("name", [name for name in OURS if "encode" not in name] + list(module.PACKAGES))
 def test_a_timed_step_learns(monkeypatch, name):
-    if not module.installed(name): pytest.skip(f"{name} is not installed")
+    if not module.installed(name):
+        pytest.skip(f"{name} is not installed")
     torch.manual_seed(0)
     made, adam = [], torch.optim.Adam
-    def kept(parameters, **options): made.append(list(parameters)); return adam(made[-1], **options)
+
+    def kept(parameters, **options):
+        made.append(list(parameters))
+        return adam(made[-1], **options)
+
     monkeypatch.setattr(module.torch.optim, "Adam", kept)
     step = IMPLEMENTATIONS[name](CASE, CASE.x_BD())
     before = [p.detach().clone() for p in made[0]]
     step()
-    assert sum(not torch.equal(a, b) for a, b in zip(before, made[0])) >= 3, "encoder, decoder and biases move"
+    assert sum(not torch.equal(a, b) for a, b in zip(before, made[0])) >= 3, (
+        "encoder, decoder and biases move"
+    )
 
 
 def test_a_library_that_fails_and_one_that_needs_too_much_are_results(monkeypatch):
-    def fails(case, x_BD): raise RuntimeError("no driver")
-    def large(case, x_BD): raise torch.OutOfMemoryError("80 GB")
+    def fails(case, x_BD):
+        raise RuntimeError("no driver")
+
+    def large(case, x_BD):
+        raise torch.OutOfMemoryError("80 GB")
+
     monkeypatch.setattr(module, "installed", lambda name: True)
-    monkeypatch.setitem(IMPLEMENTATIONS, "sparsify", fails); monkeypatch.setitem(IMPLEMENTATIONS, "dense, tied", large)
+    monkeypatch.setitem(IMPLEMENTATIONS, "sparsify", fails)
+    monkeypatch.setitem(IMPLEMENTATIONS, "dense, tied", large)
     times = measure(CASE, ["ours, tied", "dense, tied", "sparsify"], rounds=1)
-    assert dict(zip(times.implementation, times.note)) == {"ours, tied": "", "dense, tied": "out of memory", "sparsify": "fails here: RuntimeError"}
+    assert dict(zip(times.implementation, times.note)) == {
+        "ours, tied": "",
+        "dense, tied": "out of memory",
+        "sparsify": "fails here: RuntimeError",
+    }
     table = summarise(pd.concat([times, measure(CASE, ["ours, untied"], rounds=1)]))
     assert len(table) == 4
     monkeypatch.setitem(IMPLEMENTATIONS, "ours, tied", fails)
-    with pytest.raises(RuntimeError, match="no driver"): measure(CASE, ["ours, tied"], rounds=1)
+    with pytest.raises(RuntimeError, match="no driver"):
+        measure(CASE, ["ours, tied"], rounds=1)
 
 
 def test_summary_compares_like_with_like():
-    rows = [dict(k=4, tokens=100, implementation=name, round=r, ms=ms + r, peak_mb=1.0, note="") for r in range(3)
-            for name, ms in {"ours, tied": 9, "ours, untied": 19, "dense, tied": 49, "dense, untied": 59, "SAELens": 99, "encode only": 4}.items()]
+    rows = [
+        dict(k=4, tokens=100, implementation=name, round=r, ms=ms + r, peak_mb=1.0, note="")
+        for r in range(3)
+        for name, ms in {
+            "ours, tied": 9,
+            "ours, untied": 19,
+            "dense, tied": 49,
+            "dense, untied": 59,
+            "SAELens": 99,
+            "encode only": 4,
+        }.items()
+    ]
     table = summarise(pd.DataFrame(rows)).set_index("implementation")
     assert table.ours_is_faster_by[["dense, tied", "dense, untied", "SAELens"]].tolist() == [5, 3, 5]
     assert table.ours_is_faster_by[["ours, tied", "encode only"]].isna().all()
@@ -63,9 +104,12 @@ def test_summary_compares_like_with_like():
 
 
 def test_memory_is_what_the_step_needs_at_its_peak():
-    def step(): return (torch.ones(4_000_000) + 1).sum()  # two arrays of 16 MB
+    def step():
+        return (torch.ones(4_000_000) + 1).sum()  # two arrays of 16 MB
+
     peak = peak_mb(step, "cpu")
-    if peak != peak: pytest.skip("this system does not tell the peak of resident memory")
+    if peak != peak:
+        pytest.skip("this system does not tell the peak of resident memory")
     assert 24 < peak < 48
 
 

@@ -1,19 +1,18 @@
 """Checkpoints of others: each layout written as its makers write it, compared with their formula; what is broken or dangerous; the way back."""
+
 import json
 import os
 import warnings
-from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 import torch
 import torch.nn.functional as F
+from fac_synthesis.sae.checkpoints import check_sae, hook_layer, load_published, save_sae_lens, save_sparsify
+from fac_synthesis.sae.core import SAE, SAEConfig, to_threshold
 from safetensors.torch import load_file, save_file
 
 from fac_synthesis import sae_checkpoints as module
-from fac_synthesis.experiment import UserError
-from fac_synthesis.sae import SAE, SAEConfig, to_threshold
-from fac_synthesis.sae_checkpoints import check_sae, hook_layer, load_published, save_sae_lens, save_sparsify
 
 D, H, K = 12, 40, 5
 
@@ -36,18 +35,27 @@ def top(z, k=K):
 
 # ---- the layouts: each writer returns (what to load, codes, reconstruction) by the published formula
 
+
 def authors(folder, **config):
     """Published code: weight = state_dict with W_enc (d, h), config; Top-K, then ReLU, tied decoder."""
     config = {"d_inp": D, "d_hide": H, "topK": K} | config
     file = folder / "TopK7_l16_h40_epoch3.pth"
-    torch.save({"weight": {"mask": torch.ones(H), "W_enc": W.T.contiguous(), "b_enc": C, "b_dec": B}, "config": config}, file)
+    torch.save(
+        {
+            "weight": {"mask": torch.ones(H), "W_enc": W.T.contiguous(), "b_enc": C, "b_dec": B},
+            "config": config,
+        },
+        file,
+    )
     a = top((X - B) @ W.T + C)
     return file, a, a @ W + B
 
 
 def authors_relu(folder):
     file, *_ = authors(folder)
-    state = torch.load(file, weights_only=True); del state["config"]["topK"]; torch.save(state, file)
+    state = torch.load(file, weights_only=True)
+    del state["config"]["topK"]
+    torch.save(state, file)
     a = F.relu((X - B) @ W.T + C)
     return file, a, a @ W + B
 
@@ -55,9 +63,26 @@ def authors_relu(folder):
 def lens(folder, tensors=None, drop=(), metadata=True, **settings):
     tensors = dict(W_enc=W.T.contiguous(), b_enc=C, W_dec=V, b_dec=B) | (tensors or {})
     save_file(tensors, folder / "sae_weights.safetensors")
-    cfg = dict(d_in=D, d_sae=H, dtype="float32", device="cpu", apply_b_dec_to_input=True, normalize_activations="none", reshape_activations="none", architecture="standard")
-    if metadata: cfg["metadata"] = dict(sae_lens_version="6.54.12", sae_lens_training_version="6.54.12", model_name="meta-llama/Llama-3.1-8B", hook_name="blocks.15.hook_resid_post")
-    (folder / "cfg.json").write_text(json.dumps({name: value for name, value in (cfg | settings).items() if name not in drop}))
+    cfg = dict(
+        d_in=D,
+        d_sae=H,
+        dtype="float32",
+        device="cpu",
+        apply_b_dec_to_input=True,
+        normalize_activations="none",
+        reshape_activations="none",
+        architecture="standard",
+    )
+    if metadata:
+        cfg["metadata"] = dict(
+            sae_lens_version="6.54.12",
+            sae_lens_training_version="6.54.12",
+            model_name="meta-llama/Llama-3.1-8B",
+            hook_name="blocks.15.hook_resid_post",
+        )
+    (folder / "cfg.json").write_text(
+        json.dumps({name: value for name, value in (cfg | settings).items() if name not in drop})
+    )
     return folder
 
 
@@ -83,7 +108,16 @@ def lens_topk_rescaled(folder):
 
 def lens_topk_before_6(folder):
     a = top(X @ W.T + C)
-    lens(folder, metadata=False, activation_fn_str="topk", activation_fn_kwargs={"k": K}, hook_name="blocks.16.hook_resid_pre", apply_b_dec_to_input=False, model_name="gpt2", drop=("reshape_activations",))
+    lens(
+        folder,
+        metadata=False,
+        activation_fn_str="topk",
+        activation_fn_kwargs={"k": K},
+        hook_name="blocks.16.hook_resid_pre",
+        apply_b_dec_to_input=False,
+        model_name="gpt2",
+        drop=("reshape_activations",),
+    )
     return folder, a, a @ V + B
 
 
@@ -98,26 +132,70 @@ def lens_batchtopk(folder):
     theta = torch.tensor(6.0, dtype=torch.double)
     a = ((X - B) @ W.T + C) * NORM
     a = a.relu() * (a > 6.0)
-    return lens(folder, {"topk_threshold": theta}, architecture="batchtopk", k=5.0, rescale_acts_by_decoder_norm=True), a, (a / NORM) @ V + B
+    return (
+        lens(
+            folder,
+            {"topk_threshold": theta},
+            architecture="batchtopk",
+            k=5.0,
+            rescale_acts_by_decoder_norm=True,
+        ),
+        a,
+        (a / NORM) @ V + B,
+    )
 
 
 def sparsify(folder, name="layers.15", drop=(), **settings):
-    folder = folder / name; folder.mkdir()
+    folder = folder / name
+    folder.mkdir()
     save_file({"encoder.weight": W, "encoder.bias": C, "W_dec": V, "b_dec": B}, folder / "sae.safetensors")
-    cfg = dict(activation="topk", expansion_factor=32, normalize_decoder=True, num_latents=H, k=K, multi_topk=False, skip_connection=False, transcode=False, d_in=D) | settings
-    (folder / "cfg.json").write_text(json.dumps({name: value for name, value in cfg.items() if name not in drop}))
+    cfg = (
+        dict(
+            activation="topk",
+            expansion_factor=32,
+            normalize_decoder=True,
+            num_latents=H,
+            k=K,
+            multi_topk=False,
+            skip_connection=False,
+            transcode=False,
+            d_in=D,
+        )
+        | settings
+    )
+    (folder / "cfg.json").write_text(
+        json.dumps({name: value for name, value in cfg.items() if name not in drop})
+    )
     values, indices = F.relu(F.linear(X - B, W, C)).topk(K, dim=-1)
-    return folder, torch.zeros(len(X), H).scatter(1, indices, values), torch.einsum("bk,bkd->bd", values, V[indices]) + B
+    return (
+        folder,
+        torch.zeros(len(X), H).scatter(1, indices, values),
+        torch.einsum("bk,bkd->bd", values, V[indices]) + B,
+    )
 
 
 def learned(folder, kind, state, **trainer):
     torch.save(state, folder / "ae.pt")
-    trainer = dict(trainer_class="Trainer", dict_class=kind, activation_dim=D, dict_size=H, layer=15, lm_name="meta-llama/Llama-3.1-8B-Instruct", submodule_name="resid_post_layer_15") | trainer
-    (folder / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {"d_submodule": D, "io": "out", "ctx_len": 2048}}))
+    trainer = (
+        dict(
+            trainer_class="Trainer",
+            dict_class=kind,
+            activation_dim=D,
+            dict_size=H,
+            layer=15,
+            lm_name="meta-llama/Llama-3.1-8B-Instruct",
+            submodule_name="resid_post_layer_15",
+        )
+        | trainer
+    )
+    (folder / "config.json").write_text(
+        json.dumps({"trainer": trainer, "buffer": {"d_submodule": D, "io": "out", "ctx_len": 2048}})
+    )
     return folder
 
 
-def linear(**extra): return {"encoder.weight": W, "encoder.bias": C, "decoder.weight": V.T.contiguous()} | extra
+def linear(**extra):
+    return {"encoder.weight": W, "encoder.bias": C, "decoder.weight": V.T.contiguous()} | extra
 
 
 def learned_relu(folder):
@@ -132,22 +210,49 @@ def learned_relu_new(folder):
 
 def learned_topk(folder):
     a = top(F.relu((X - B) @ W.T + C))
-    return learned(folder, "AutoEncoderTopK", linear(b_dec=B, k=torch.tensor(K, dtype=torch.int), threshold=torch.tensor(-1.0)), k=K), a, a @ V + B
+    return (
+        learned(
+            folder,
+            "AutoEncoderTopK",
+            linear(b_dec=B, k=torch.tensor(K, dtype=torch.int), threshold=torch.tensor(-1.0)),
+            k=K,
+        ),
+        a,
+        a @ V + B,
+    )
 
 
 def learned_batchtopk(folder, theta=3.0):
     a = F.relu((X - B) @ W.T + C)
     a = a * (a > theta)
-    return learned(folder, "BatchTopKSAE", linear(b_dec=B, k=torch.tensor(K, dtype=torch.int), threshold=torch.tensor(theta)), k=K), a, a @ V + B
+    return (
+        learned(
+            folder,
+            "BatchTopKSAE",
+            linear(b_dec=B, k=torch.tensor(K, dtype=torch.int), threshold=torch.tensor(theta)),
+            k=K,
+        ),
+        a,
+        a @ V + B,
+    )
 
 
-def learned_batchtopk_untrained_threshold(folder): return learned_batchtopk(folder, -1.0)
+def learned_batchtopk_untrained_threshold(folder):
+    return learned_batchtopk(folder, -1.0)
 
 
 def learned_matryoshka(folder):
     a = F.relu((X - B) @ W.T + C)
     a = a * (a > 3.0)
-    state = dict(W_enc=W.T.contiguous(), b_enc=C, W_dec=V, b_dec=B, k=torch.tensor(K, dtype=torch.int), threshold=torch.tensor(3.0), group_sizes=torch.tensor([10, 30]))
+    state = dict(
+        W_enc=W.T.contiguous(),
+        b_enc=C,
+        W_dec=V,
+        b_dec=B,
+        k=torch.tensor(K, dtype=torch.int),
+        threshold=torch.tensor(3.0),
+        group_sizes=torch.tensor([10, 30]),
+    )
     return learned(folder, "MatryoshkaBatchTopKSAE", state, k=K), a, a @ V + B
 
 
@@ -155,26 +260,58 @@ def learned_jumprelu(folder):
     theta = torch.linspace(0.001, 4, H)
     z = X @ W.T + C
     a = F.relu(z * (z > theta))
-    return learned(folder, "JumpReluAutoEncoder", dict(W_enc=W.T.contiguous(), b_enc=C, W_dec=V, b_dec=B, threshold=theta)), a, a @ V + B
+    return (
+        learned(
+            folder,
+            "JumpReluAutoEncoder",
+            dict(W_enc=W.T.contiguous(), b_enc=C, W_dec=V, b_dec=B, threshold=theta),
+        ),
+        a,
+        a @ V + B,
+    )
 
 
 def goodfire(folder):
     file = folder / "Llama-3.1-8B-Instruct-SAE-l19.pth"
-    torch.save({"encoder_linear.weight": W, "encoder_linear.bias": C, "decoder_linear.weight": V.T.contiguous(), "decoder_linear.bias": B}, file)
+    torch.save(
+        {
+            "encoder_linear.weight": W,
+            "encoder_linear.bias": C,
+            "decoder_linear.weight": V.T.contiguous(),
+            "decoder_linear.bias": B,
+        },
+        file,
+    )
     a = F.relu(F.linear(X, W, C))
     return file, a, F.linear(a, V.T, B)
 
 
-SCOPE = dict(d_model=D, d_sae=H, expansion_factor=4, hook_point_in="blocks.15.hook_resid_post", hook_point_out="blocks.15.hook_resid_post", act_fn="jumprelu", jump_relu_threshold=2.5, top_k=7,
-             norm_activation="dataset-wise", dataset_average_activation_norm={"in": 9.5, "out": 9.5}, use_decoder_bias=True, apply_decoder_bias_to_pre_encoder=False, sparsity_include_decoder_norm=True)
+SCOPE = dict(
+    d_model=D,
+    d_sae=H,
+    expansion_factor=4,
+    hook_point_in="blocks.15.hook_resid_post",
+    hook_point_out="blocks.15.hook_resid_post",
+    act_fn="jumprelu",
+    jump_relu_threshold=2.5,
+    top_k=7,
+    norm_activation="dataset-wise",
+    dataset_average_activation_norm={"in": 9.5, "out": 9.5},
+    use_decoder_bias=True,
+    apply_decoder_bias_to_pre_encoder=False,
+    sparsity_include_decoder_norm=True,
+)
 
 
 def scope(folder, **settings):
     """Llama Scope as its library runs it: into raw units, unit decoder rows, then the threshold."""
     (folder / "checkpoints").mkdir()
-    save_file({"encoder.weight": W, "encoder.bias": C, "decoder.weight": V.T.contiguous(), "decoder.bias": B}, folder / "checkpoints/final.safetensors")
+    save_file(
+        {"encoder.weight": W, "encoder.bias": C, "decoder.weight": V.T.contiguous(), "decoder.bias": B},
+        folder / "checkpoints/final.safetensors",
+    )
     (folder / "hyperparams.json").write_text(json.dumps(SCOPE | settings))
-    factor = D ** 0.5 / 9.5
+    factor = D**0.5 / 9.5
     raw = (X @ W.T + C / factor) * NORM
     a = raw * (raw > 2.5)
     return folder, a, a @ (V / NORM[:, None]) + B / factor
@@ -185,14 +322,15 @@ def scope_bfloat16(folder):
     file = folder / "checkpoints/final.safetensors"
     save_file({name: t.bfloat16() for name, t in load_file(file).items()}, file)
     W_, C_, V_, B_ = (t.bfloat16().float() for t in (W, C, V, B))
-    factor, norm = D ** 0.5 / 9.5, V_.norm(dim=1)
+    factor, norm = D**0.5 / 9.5, V_.norm(dim=1)
     raw = (X @ W_.T + C_ / factor) * norm
     a = raw * (raw > 2.5)
     return folder, a, a @ (V_ / norm[:, None]) + B_ / factor
 
 
 def ours(folder):
-    with torch.device("meta"): sae = SAE(SAEConfig(D, H, K, tied=False, layer=16))
+    with torch.device("meta"):
+        sae = SAE(SAEConfig(D, H, K, tied=False, layer=16))
     sae.load_state_dict(dict(W_enc=W, b_enc=C, W_dec=V, b_dec=B), assign=True)
     sae.save(folder)
     a = top((X - B) @ W.T + C)
@@ -200,8 +338,29 @@ def ours(folder):
 
 
 LAYERS = {goodfire: 20, authors: 16}
-EVERY = [authors, authors_relu, lens_standard, lens_standard_raw_input, lens_topk, lens_topk_rescaled, lens_topk_before_6, lens_jumprelu, lens_batchtopk, sparsify, learned_relu, learned_relu_new, learned_topk,
-         learned_batchtopk, learned_batchtopk_untrained_threshold, learned_matryoshka, learned_jumprelu, goodfire, scope, scope_bfloat16, ours]
+EVERY = [
+    authors,
+    authors_relu,
+    lens_standard,
+    lens_standard_raw_input,
+    lens_topk,
+    lens_topk_rescaled,
+    lens_topk_before_6,
+    lens_jumprelu,
+    lens_batchtopk,
+    sparsify,
+    learned_relu,
+    learned_relu_new,
+    learned_topk,
+    learned_batchtopk,
+    learned_batchtopk_untrained_threshold,
+    learned_matryoshka,
+    learned_jumprelu,
+    goodfire,
+    scope,
+    scope_bfloat16,
+    ours,
+]
 every = pytest.mark.parametrize("write", EVERY, ids=lambda w: w.__name__)
 
 
@@ -210,7 +369,8 @@ def codes(sae, x=X):
     return torch.zeros(len(x), sae.config.n_latents).scatter_add(1, indices, values).detach()
 
 
-def close(mine, theirs): return (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+def close(mine, theirs):
+    return (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
 @every
@@ -240,29 +400,65 @@ def test_the_file_name_does_not_decide(tmp_path):
 
 
 def test_what_a_checkpoint_says_beyond_its_tensors(tmp_path):
-    for name in "abc": (tmp_path / name).mkdir()
-    matryoshka, scoped = load_published(learned_matryoshka(tmp_path / "a")[0]), load_published(scope(tmp_path / "b")[0])
-    assert matryoshka.config.prefixes == (10,) and matryoshka.config.k == K and matryoshka.config.backbone == "meta-llama/Llama-3.1-8B-Instruct"
+    for name in "abc":
+        (tmp_path / name).mkdir()
+    matryoshka, scoped = (
+        load_published(learned_matryoshka(tmp_path / "a")[0]),
+        load_published(scope(tmp_path / "b")[0]),
+    )
+    assert (
+        matryoshka.config.prefixes == (10,)
+        and matryoshka.config.k == K
+        and matryoshka.config.backbone == "meta-llama/Llama-3.1-8B-Instruct"
+    )
     assert scoped.config.k == 7 and scoped.config.activation == "threshold"
     assert load_published(authors(tmp_path / "c")[0]).config.tied
 
 
 def test_a_norm_factor_is_in_raw_units(tmp_path):
     "Doubling the residuals and the norm of the training data doubles codes and reconstructions, all but the threshold."
-    for name in "ab": (tmp_path / name).mkdir()
+    for name in "ab":
+        (tmp_path / name).mkdir()
     one = load_published(scope(tmp_path / "a", jump_relu_threshold=0.0)[0])
-    two = load_published(scope(tmp_path / "b", jump_relu_threshold=0.0, dataset_average_activation_norm={"in": 19.0, "out": 19.0})[0])
+    two = load_published(
+        scope(
+            tmp_path / "b", jump_relu_threshold=0.0, dataset_average_activation_norm={"in": 19.0, "out": 19.0}
+        )[0]
+    )
     assert close(codes(two, 2 * X), 2 * codes(one)) and close(two(2 * X).x_BD, 2 * one(X).x_BD)
 
 
 # ---- hook points
 
-@pytest.mark.parametrize("hook,layer", [("layers.0", 1), ("model.layers.15", 16), ("blocks.15.hook_resid_post", 16), ("blocks.16.hook_resid_pre", 16), ("resid_post_layer_15", 16)])
-def test_layers_count_from_one(hook, layer): assert hook_layer(hook) == layer
+
+@pytest.mark.parametrize(
+    "hook,layer",
+    [
+        ("layers.0", 1),
+        ("model.layers.15", 16),
+        ("blocks.15.hook_resid_post", 16),
+        ("blocks.16.hook_resid_pre", 16),
+        ("resid_post_layer_15", 16),
+    ],
+)
+def test_layers_count_from_one(hook, layer):
+    assert hook_layer(hook) == layer
 
 
-@pytest.mark.parametrize("hook", ["blocks.0.hook_resid_pre", "blocks.15.hook_mlp_out", "layers.15.mlp", "blocks.15.attn.hook_z", "resid_mid_layer_3", "mlp_out_layer_3", ""])
-def test_another_site_is_not_a_layer(hook, refused): assert repr(hook) in refused(lambda: hook_layer(hook))
+@pytest.mark.parametrize(
+    "hook",
+    [
+        "blocks.0.hook_resid_pre",
+        "blocks.15.hook_mlp_out",
+        "layers.15.mlp",
+        "blocks.15.attn.hook_z",
+        "resid_mid_layer_3",
+        "mlp_out_layer_3",
+        "",
+    ],
+)
+def test_another_site_is_not_a_layer(hook, refused):
+    assert repr(hook) in refused(lambda: hook_layer(hook))
 
 
 def test_another_site_only_when_asked_for(tmp_path, refused):
@@ -273,7 +469,9 @@ def test_another_site_only_when_asked_for(tmp_path, refused):
     assert sae.config.layer == 0 and close(codes(sae), a)
 
 
-@pytest.mark.parametrize("write", [authors, goodfire, lens_topk, sparsify, learned_topk, scope, ours], ids=lambda w: w.__name__)
+@pytest.mark.parametrize(
+    "write", [authors, goodfire, lens_topk, sparsify, learned_topk, scope, ours], ids=lambda w: w.__name__
+)
 def test_a_wrong_layer_is_refused(write, tmp_path, refused):
     path = write(tmp_path)[0]
     right = LAYERS.get(write, 16)
@@ -284,9 +482,13 @@ def test_a_wrong_layer_is_refused(write, tmp_path, refused):
 
 # ---- broken and dangerous
 
+
 class Hostile:
-    def __init__(self, mark): self.mark = mark
-    def __reduce__(self): return (os.system, (f"touch {self.mark}",))
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (os.system, (f"touch {self.mark}",))
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -306,36 +508,63 @@ def rewrite(folder, change):
     """Change the tensors of the one safetensors or torch file in `folder`."""
     (file,) = [f for f in folder.rglob("*") if f.suffix in (".safetensors", ".pth", ".pt")]
     if file.suffix == ".safetensors":
-        tensors = load_file(file); change(tensors); save_file(tensors, file)
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file)
     else:
-        state = torch.load(file, weights_only=True); change(state.get("weight", state)); torch.save(state, file)
+        state = torch.load(file, weights_only=True)
+        change(state.get("weight", state))
+        torch.save(state, file)
 
 
 def truncate(folder, keep=0.6):
     (file,) = [f for f in folder.rglob("*") if f.suffix in (".safetensors", ".pth", ".pt")]
-    file.write_bytes(file.read_bytes()[:int(keep * file.stat().st_size)])
+    file.write_bytes(file.read_bytes()[: int(keep * file.stat().st_size)])
 
 
-def resize(name): return lambda tensors: tensors.update({name: tensors[name][:-1].clone()})
-def nan(name): return lambda tensors: tensors[name].view(-1)[0].fill_(float("nan"))
-def without(name): return lambda tensors: tensors.pop(name)
+def resize(name):
+    return lambda tensors: tensors.update({name: tensors[name][:-1].clone()})
 
 
-TENSOR = {authors: "b_enc", lens_topk: "b_enc", lens_jumprelu: "threshold", sparsify: "W_dec", learned_batchtopk: "encoder.bias", learned_jumprelu: "W_dec", goodfire: "decoder_linear.bias", scope: "encoder.bias"}
+def nan(name):
+    return lambda tensors: tensors[name].view(-1)[0].fill_(float("nan"))
 
 
-@pytest.mark.parametrize("what,change", [("has no tensor", without), ("has shape", resize), ("not finite", nan)], ids=["missing", "misshapen", "nan"])
+def without(name):
+    return lambda tensors: tensors.pop(name)
+
+
+TENSOR = {
+    authors: "b_enc",
+    lens_topk: "b_enc",
+    lens_jumprelu: "threshold",
+    sparsify: "W_dec",
+    learned_batchtopk: "encoder.bias",
+    learned_jumprelu: "W_dec",
+    goodfire: "decoder_linear.bias",
+    scope: "encoder.bias",
+}
+
+
+@pytest.mark.parametrize(
+    "what,change",
+    [("has no tensor", without), ("has shape", resize), ("not finite", nan)],
+    ids=["missing", "misshapen", "nan"],
+)
 @pytest.mark.parametrize("write", TENSOR, ids=lambda w: w.__name__)
 def test_a_broken_tensor_is_named(write, what, change, tmp_path, refused):
     path = write(tmp_path)[0]
     rewrite(tmp_path, change(TENSOR[write]))
     message = refused(lambda: load_published(path))
-    if (write, change) != (sparsify, without): assert what in message and TENSOR[write] in message
+    if (write, change) != (sparsify, without):
+        assert what in message and TENSOR[write] in message
     assert str(tmp_path) in message
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.01, 0.6])
-@pytest.mark.parametrize("write", [authors, lens_topk, sparsify, learned_topk, goodfire, scope], ids=lambda w: w.__name__)
+@pytest.mark.parametrize(
+    "write", [authors, lens_topk, sparsify, learned_topk, goodfire, scope], ids=lambda w: w.__name__
+)
 def test_a_truncated_file_is_refused(write, keep, tmp_path, refused):
     path = write(tmp_path)[0]
     truncate(tmp_path, keep)
@@ -347,7 +576,9 @@ BAD_SETTINGS = {
     "architecture 'temporal'": lambda f: lens(f, architecture="temporal"),
     "activation function 'tanh-relu'": lambda f: lens(f, activation_fn_str="tanh-relu"),
     "normalize_activations = 'layer_norm'": lambda f: lens(f, normalize_activations="layer_norm"),
-    "normalize_activations = 'expected_average_only_in'": lambda f: lens(f, normalize_activations="expected_average_only_in"),
+    "normalize_activations = 'expected_average_only_in'": lambda f: lens(
+        f, normalize_activations="expected_average_only_in"
+    ),
     "reshape_activations = 'hook_z'": lambda f: lens(f, reshape_activations="hook_z"),
     "field 'd_sae' is '40'": lambda f: lens(f, d_sae="40"),
     "field 'k' is None": lambda f: lens(f, architecture="topk"),
@@ -362,8 +593,12 @@ BAD_SETTINGS = {
     "fields d_in, k": lambda f: sparsify(f, drop=("k",)),
     "is 0, but should be a whole number": lambda f: sparsify(f, num_latents=0, expansion_factor=0),
     "class 'GatedAutoEncoder'": lambda f: learned(f, "GatedAutoEncoder", linear(b_dec=B)),
-    "its weights say k = 5": lambda f: learned(f, "AutoEncoderTopK", linear(b_dec=B, k=torch.tensor(K)), k=K + 1),
-    "mlp_out_layer_15": lambda f: learned(f, "AutoEncoder", linear(bias=B), submodule_name="mlp_out_layer_15"),
+    "its weights say k = 5": lambda f: learned(
+        f, "AutoEncoderTopK", linear(b_dec=B, k=torch.tensor(K)), k=K + 1
+    ),
+    "mlp_out_layer_15": lambda f: learned(
+        f, "AutoEncoder", linear(bias=B), submodule_name="mlp_out_layer_15"
+    ),
     "fields trainer": lambda f: (learned(f, "AutoEncoder", linear(bias=B)) / "config.json").unlink(),
     "it is a transcoder": lambda f: scope(f, hook_point_out="blocks.15.hook_mlp_out"),
     "activation function 'swish'": lambda f: scope(f, act_fn="swish"),
@@ -388,21 +623,29 @@ def test_what_has_no_exact_form_is_refused_in_one_sentence(sentence, tmp_path, r
 
 
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "./nowhere", "word"])
-def test_nothing_there(name, refused): assert name in refused(lambda: load_published(name))
+def test_nothing_there(name, refused):
+    assert name in refused(lambda: load_published(name))
 
 
 # ---- hub names
+
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """cache(repo): the snapshot folder of a repository in an otherwise empty, offline hub cache."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
     def snapshot(repo):
-        folder, commit = tmp_path / "hub" / f"models--{repo.replace('/', '--')}", "0123456789abcdef0123456789abcdef01234567"
-        (folder / "refs").mkdir(parents=True); (folder / "refs/main").write_text(commit)
+        folder, commit = (
+            tmp_path / "hub" / f"models--{repo.replace('/', '--')}",
+            "0123456789abcdef0123456789abcdef01234567",
+        )
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs/main").write_text(commit)
         (folder / "snapshots" / commit).mkdir(parents=True)
         return folder / "snapshots" / commit
+
     return snapshot
 
 
@@ -410,12 +653,15 @@ def test_a_hub_name_is_taken_from_the_cache(cache, refused):
     _, a, _ = authors(cache("owner/sae_llama_l16_h40"))
     sae = load_published("owner/sae_llama_l16_h40")
     assert close(codes(sae), a) and sae.config.layer == 16
-    assert "neither a file or folder here nor to be had from the hub" in refused(lambda: load_published("owner/absent"))
+    assert "neither a file or folder here nor to be had from the hub" in refused(
+        lambda: load_published("owner/absent")
+    )
 
 
 def test_one_of_several_on_the_hub(cache):
     root = cache("owner/many")
-    for name in ("resid_post_layer_11/trainer_1", "resid_post_layer_15/trainer_1"): (root / name).mkdir(parents=True)
+    for name in ("resid_post_layer_11/trainer_1", "resid_post_layer_15/trainer_1"):
+        (root / name).mkdir(parents=True)
     learned_topk(root / "resid_post_layer_11/trainer_1")
     _, a, _ = learned_batchtopk(root / "resid_post_layer_15/trainer_1")
     assert close(codes(load_published("owner/many/resid_post_layer_15/trainer_1")), a)
@@ -424,23 +670,39 @@ def test_one_of_several_on_the_hub(cache):
 
 def test_only_the_wanted_files_are_fetched(tmp_path, monkeypatch, cache, refused):
     source, asked = tmp_path / "remote", []
-    for name in ("a", "b"): (source / name).mkdir(parents=True); scope(source / name)
+    for name in ("a", "b"):
+        (source / name).mkdir(parents=True)
+        scope(source / name)
     (source / "README.md").write_text("hello")
+
     class Hub:
-        def list_repo_files(self, repo): return module.relative_files(source)
+        def list_repo_files(self, repo):
+            return module.relative_files(source)
+
     monkeypatch.setattr(module, "HfApi", Hub)
-    monkeypatch.setattr(module, "hf_hub_download", lambda repo, file: (asked.append(file), str(source / file))[1])
+    monkeypatch.setattr(
+        module, "hf_hub_download", lambda repo, file: (asked.append(file), str(source / file))[1]
+    )
     load_published("owner/many/b")
     assert asked == ["b/hyperparams.json", "b/checkpoints/final.safetensors"]
     assert "holds 2 SAEs" in refused(lambda: load_published("owner/many"))
 
 
 def test_weights_are_told_from_other_files():
-    files = ["cfg.json", "sparsity.safetensors", "activations_store_state.safetensors", "trainer_state.pt", "optimizer.pt", "sae_weights.safetensors", "old/sae_weights.safetensors"]
+    files = [
+        "cfg.json",
+        "sparsity.safetensors",
+        "activations_store_state.safetensors",
+        "trainer_state.pt",
+        "optimizer.pt",
+        "sae_weights.safetensors",
+        "old/sae_weights.safetensors",
+    ]
     assert module.weights_file(files, "x") == "sae_weights.safetensors"
 
 
 # ---- does it fit?
+
 
 def fitted(backbone, texts):
     """An SAE that knows the residuals by heart: one latent per token."""
@@ -449,7 +711,8 @@ def fitted(backbone, texts):
     mean = x.mean(0)
     rows = x - mean
     with torch.no_grad():
-        sae.b_dec.copy_(mean); sae.W_enc.copy_(rows / rows.norm(dim=1, keepdim=True))
+        sae.b_dec.copy_(mean)
+        sae.W_enc.copy_(rows / rows.norm(dim=1, keepdim=True))
     return sae
 
 
@@ -458,7 +721,8 @@ def test_a_sound_sae_passes_and_a_foreign_one_warns(backbone, texts, sae):
         warnings.simplefilter("error")
         numbers = check_sae(fitted(backbone, texts), backbone, texts, n_tokens=20)
     assert numbers["fvu"] < 0.01 and numbers["n_tokens"] == 20
-    with pytest.warns(UserWarning, match="variance unexplained on 20 tokens"): assert check_sae(sae, backbone, texts, n_tokens=20)["fvu"] > 0.5
+    with pytest.warns(UserWarning, match="variance unexplained on 20 tokens"):
+        assert check_sae(sae, backbone, texts, n_tokens=20)["fvu"] > 0.5
 
 
 def test_the_check_equals_plain_arithmetic(backbone, texts):
@@ -481,9 +745,28 @@ def test_the_check_refuses_another_width_or_layer(backbone, texts, refused):
 
 # ---- writing
 
+
 def make(kind="topk", tied=False, layer=16) -> SAE:
-    with torch.device("meta"): sae = SAE(SAEConfig(D, H, K, tied, layer=layer, backbone="some/model", activation="batchtopk" if kind == "batchtopk" else "topk"))
-    sae.load_state_dict({name: t.clone() for name, t in dict(W_enc=W, b_enc=C, b_dec=B, W_dec=V).items() if name != "W_dec" or not tied}, assign=True)
+    with torch.device("meta"):
+        sae = SAE(
+            SAEConfig(
+                D,
+                H,
+                K,
+                tied,
+                layer=layer,
+                backbone="some/model",
+                activation="batchtopk" if kind == "batchtopk" else "topk",
+            )
+        )
+    sae.load_state_dict(
+        {
+            name: t.clone()
+            for name, t in dict(W_enc=W, b_enc=C, b_dec=B, W_dec=V).items()
+            if name != "W_dec" or not tied
+        },
+        assign=True,
+    )
     return to_threshold(sae, torch.linspace(0, 4, H)) if kind == "threshold" else sae
 
 
@@ -493,16 +776,25 @@ def same(one, two):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("kind,save", [("topk", save_sae_lens), ("threshold", save_sae_lens), ("topk", save_sparsify)])
+@pytest.mark.parametrize(
+    "kind,save", [("topk", save_sae_lens), ("threshold", save_sae_lens), ("topk", save_sparsify)]
+)
 def test_there_and_back(kind, save, tied, tmp_path):
     sae = make(kind, tied)
     again = load_published(save(sae, tmp_path))
-    assert same(sae, again) and (again.config.layer, again.config.k, again.config.tied, again.config.activation) == (16, K, tied, kind)
-    if save is save_sae_lens: assert again.config.backbone == "some/model"
+    assert same(sae, again) and (
+        again.config.layer,
+        again.config.k,
+        again.config.tied,
+        again.config.activation,
+    ) == (16, K, tied, kind)
+    if save is save_sae_lens:
+        assert again.config.backbone == "some/model"
 
 
 def test_an_unknown_layer_stays_unknown(tmp_path):
-    for save in (save_sae_lens, save_sparsify): assert load_published(save(make(layer=0), tmp_path / save.__name__)).config.layer == 0
+    for save in (save_sae_lens, save_sparsify):
+        assert load_published(save(make(layer=0), tmp_path / save.__name__)).config.layer == 0
 
 
 def test_what_a_layout_cannot_hold_is_refused(tmp_path, refused):
@@ -512,6 +804,7 @@ def test_what_a_layout_cannot_hold_is_refused(tmp_path, refused):
 
 
 # ---- through the libraries themselves, where they are installed
+
 
 @pytest.mark.parametrize("kind", ["topk", "threshold"])
 def test_sae_lens_reads_ours_and_we_read_its(kind, tmp_path):
@@ -528,13 +821,33 @@ def test_sae_lens_reads_ours_and_we_read_its(kind, tmp_path):
 @pytest.mark.parametrize("kind", ["standard", "topk", "topk_rescaled", "jumprelu", "batchtopk"])
 def test_codes_equal_those_of_sae_lens(kind, tmp_path):
     pytest.importorskip("sae_lens", reason="the comparison with SAELens needs sae-lens")
-    from sae_lens import (BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig)
+    from sae_lens import (
+        BatchTopKTrainingSAE,
+        BatchTopKTrainingSAEConfig,
+        JumpReLUSAE,
+        JumpReLUSAEConfig,
+        StandardSAE,
+        StandardSAEConfig,
+        TopKSAE,
+        TopKSAEConfig,
+    )
+
     common = dict(d_in=D, d_sae=H, apply_b_dec_to_input=kind != "jumprelu")
-    theirs = dict(standard=lambda: StandardSAE(StandardSAEConfig(**common)), topk=lambda: TopKSAE(TopKSAEConfig(k=K, **common)), topk_rescaled=lambda: TopKSAE(TopKSAEConfig(k=K, rescale_acts_by_decoder_norm=True, **common)),
-                  jumprelu=lambda: JumpReLUSAE(JumpReLUSAEConfig(**common)), batchtopk=lambda: BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(k=K, rescale_acts_by_decoder_norm=True, **common)))[kind]()
+    theirs = dict(
+        standard=lambda: StandardSAE(StandardSAEConfig(**common)),
+        topk=lambda: TopKSAE(TopKSAEConfig(k=K, **common)),
+        topk_rescaled=lambda: TopKSAE(TopKSAEConfig(k=K, rescale_acts_by_decoder_norm=True, **common)),
+        jumprelu=lambda: JumpReLUSAE(JumpReLUSAEConfig(**common)),
+        batchtopk=lambda: BatchTopKTrainingSAE(
+            BatchTopKTrainingSAEConfig(k=K, rescale_acts_by_decoder_norm=True, **common)
+        ),
+    )[kind]()
     with torch.no_grad():
-        for name, value in dict(W_enc=W.T, b_enc=C, W_dec=V, b_dec=B, threshold=torch.linspace(0, 4, H)).items():
-            if hasattr(theirs, name): getattr(theirs, name).copy_(value)
+        for name, value in dict(
+            W_enc=W.T, b_enc=C, W_dec=V, b_dec=B, threshold=torch.linspace(0, 4, H)
+        ).items():
+            if hasattr(theirs, name):
+                getattr(theirs, name).copy_(value)
         if kind == "batchtopk":
             theirs.topk_threshold.fill_(6.0)
             theirs.save_model(tmp_path / "training")
@@ -554,6 +867,7 @@ def test_codes_equal_those_of_sae_lens(kind, tmp_path):
 def test_sparsify_reads_ours_and_we_read_its(tmp_path):
     pytest.importorskip("sparsify", reason="the round trip through sparsify needs eai-sparsify")
     from sparsify import SparseCoder
+
     sae = make()
     theirs = SparseCoder.load_from_disk(save_sparsify(sae, tmp_path / "ours"))
     with torch.no_grad():
@@ -569,12 +883,27 @@ def test_llama_scope_reconstructs_as_in_sae_lens(tmp_path, monkeypatch):
     pytest.importorskip("sae_lens", reason="the comparison with SAELens needs sae-lens")
     from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
     from sae_lens.loading import pretrained_sae_loaders as loaders
+
     scope(tmp_path)
     rewrite(tmp_path, lambda t: t.update({"decoder.weight": (V / NORM[:, None]).T.contiguous()}))
-    monkeypatch.setattr(loaders, "hf_hub_download", lambda repo_id, filename, subfolder="", force_download=False: str(tmp_path / subfolder.removeprefix("x").strip("/") / filename.removeprefix("x/")))
-    settings, state, _ = loaders.llama_scope_sae_huggingface_loader("fnlp/any", "x", cfg_overrides=dict(dtype="float32"))
-    theirs, factor = JumpReLUSAE(JumpReLUSAEConfig(d_in=D, d_sae=H, apply_b_dec_to_input=settings["apply_b_dec_to_input"])), D ** 0.5 / 9.5
+    monkeypatch.setattr(
+        loaders,
+        "hf_hub_download",
+        lambda repo_id, filename, subfolder="", force_download=False: str(
+            tmp_path / subfolder.removeprefix("x").strip("/") / filename.removeprefix("x/")
+        ),
+    )
+    settings, state, _ = loaders.llama_scope_sae_huggingface_loader(
+        "fnlp/any", "x", cfg_overrides=dict(dtype="float32")
+    )
+    theirs, factor = (
+        JumpReLUSAE(
+            JumpReLUSAEConfig(d_in=D, d_sae=H, apply_b_dec_to_input=settings["apply_b_dec_to_input"])
+        ),
+        D**0.5 / 9.5,
+    )
     theirs.load_state_dict(state)
     theirs.fold_activation_norm_scaling_factor(factor)
     sae = load_published(tmp_path)
-    with torch.no_grad(): assert close(codes(sae) * factor, theirs.encode(X)) and close(sae(X).x_BD, theirs(X))
+    with torch.no_grad():
+        assert close(codes(sae) * factor, theirs.encode(X)) and close(sae(X).x_BD, theirs(X))

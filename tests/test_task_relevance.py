@@ -1,10 +1,21 @@
 "Relevance: evidence against scipy and by hand, the four labels, and a judge with a rubric."
+
 import math
-import numpy as np, pandas as pd, pytest
+
+import numpy as np
+import pandas as pd
+import pytest
+from fac_synthesis.data.sources import open_task
+from fac_synthesis.features.activations import FeatureActivations
+from fac_synthesis.features.relevance import (
+    best_enrichment,
+    enrichment,
+    llm_relevance,
+    relevant_latents,
+    statistical_relevance,
+)
+from fac_synthesis.models.prompts import LABELS
 from scipy import sparse, stats
-from fac_synthesis.feature_activations import FeatureActivations
-from fac_synthesis.task_relevance import LABELS, best_enrichment, enrichment, llm_relevance, relevant_latents, statistical_relevance
-from fac_synthesis.tasks import open_task
 
 P, N = 60, 140
 LABEL = np.repeat([1, 0], [P, N])
@@ -12,7 +23,9 @@ LABEL = np.repeat([1, 0], [P, N])
 
 def firing(pairs) -> FeatureActivations:
     "Latent i fires (with value 1) in the first a positive and the first b negative texts."
-    dense = np.stack([np.concatenate([np.arange(P) < a, np.arange(N) < b]) for a, b in pairs], 1).astype(np.float32)
+    dense = np.stack([np.concatenate([np.arange(P) < a, np.arange(N) < b]) for a, b in pairs], 1).astype(
+        np.float32
+    )
     return FeatureActivations(sparse.csr_matrix(dense), sparse.csr_matrix(dense))
 
 
@@ -26,11 +39,13 @@ def test_p_odds_and_q():
         a, b = PAIRS[r.latent]
         assert (r.positives, r.negatives) == (a, b)
         assert r.p == pytest.approx(stats.fisher_exact([[a, b], [P - a, N - b]], "greater").pvalue)
-        assert r.odds == pytest.approx((a + .5) * (N - b + .5) / ((P - a + .5) * (b + .5)))
+        assert r.odds == pytest.approx((a + 0.5) * (N - b + 0.5) / ((P - a + 0.5) * (b + 0.5)))
     one = table[table.latent == 5].p.item()
     assert one == pytest.approx(P / (P + N)), "a single firing text is positive with the positives' share"
     ordered = table.sort_values("p")
-    by_hand = np.minimum.accumulate((ordered.p * len(table) / np.arange(1, len(table) + 1)).to_numpy()[::-1])[::-1]
+    by_hand = np.minimum.accumulate((ordered.p * len(table) / np.arange(1, len(table) + 1)).to_numpy()[::-1])[
+        ::-1
+    ]
     assert np.allclose(ordered.q, np.minimum(by_hand, 1))
 
 
@@ -54,8 +69,12 @@ def test_the_most_telling_threshold_is_paid_for():
     best = best_enrichment(a, LABEL, [0.0, 0.5, 0.8]).set_index("latent")
     assert best.activity.tolist() == [0.5, 0.0] and (best.positives[0], best.negatives[0]) == (P, 0)
     alone = {d: enrichment(a, LABEL, d).set_index("latent").p for d in (0.0, 0.5)}
-    assert best.p[0] == pytest.approx(3 * alone[0.5][0]) and best.p[1] == pytest.approx(min(1, 3 * alone[0.0][1]))
-    assert best_enrichment(a, LABEL, [0.0, 99.0]).latent.tolist() == [0, 1], "a threshold that nothing reaches tells nothing"
+    assert best.p[0] == pytest.approx(3 * alone[0.5][0]) and best.p[1] == pytest.approx(
+        min(1, 3 * alone[0.0][1])
+    )
+    assert best_enrichment(a, LABEL, [0.0, 99.0]).latent.tolist() == [0, 1], (
+        "a threshold that nothing reaches tells nothing"
+    )
 
 
 @pytest.mark.parametrize("label", [np.ones(P + N, int), np.zeros(P + N, int), np.arange(P + N) % 3])
@@ -77,19 +96,44 @@ def test_labels_rise_with_the_odds_and_need_evidence():
 def test_accidents_stay_rare():
     rng = np.random.default_rng(0)
     dense = (rng.random((P + N, 600)) < 0.1).astype(np.float32)
-    assert len(relevant_latents(statistical_relevance(FeatureActivations(sparse.csr_matrix(dense), sparse.csr_matrix(dense)), LABEL))) <= 3
+    assert (
+        len(
+            relevant_latents(
+                statistical_relevance(
+                    FeatureActivations(sparse.csr_matrix(dense), sparse.csr_matrix(dense)), LABEL
+                )
+            )
+        )
+        <= 3
+    )
 
 
 def test_the_judge_sees_rubric_explanation_and_spans(scripted):
-    features = pd.DataFrame(dict(latent=[3, 9, 5, 7, 8], explanation=["theft of {bikes}", "flour", "", "masks", "tea"], spans=[["steal the [bike]"], ["the [yeast]"], ["of"], ["a [mask]"], ["[tea]"]],
-                                 verified=["Yes", "Maybe", "", "", "Probably"]))
+    features = pd.DataFrame(
+        dict(
+            latent=[3, 9, 5, 7, 8],
+            explanation=["theft of {bikes}", "flour", "", "masks", "tea"],
+            spans=[["steal the [bike]"], ["the [yeast]"], ["of"], ["a [mask]"], ["[tea]"]],
+            verified=["Yes", "Maybe", "", "", "Probably"],
+        )
+    )
     task = open_task("toxicity")
     answers = {"theft": "Maybe.", "flour": "No", "masks": None, "tea": "Yes or No, who knows"}
     lm = scripted(lambda prompt, j: answers[next(k for k in answers if f"Feature: {k}" in prompt)])
     judged = llm_relevance(features, task, lm)
-    assert judged.latent.tolist() == [3, 9, 5, 7, 8] and judged.relevance.tolist() == ["Maybe", "No", "No", "No", "No"]
+    assert judged.latent.tolist() == [3, 9, 5, 7, 8] and judged.relevance.tolist() == [
+        "Maybe",
+        "No",
+        "No",
+        "No",
+        "No",
+    ]
     assert len(lm.asked) == 4, "an unexplained feature is not asked about"
-    assert task.rubric in lm.asked[0] and "theft of {bikes}" in lm.asked[0] and "steal the [bike]" in lm.asked[0]
+    assert (
+        task.rubric in lm.asked[0] and "theft of {bikes}" in lm.asked[0] and "steal the [bike]" in lm.asked[0]
+    )
     assert relevant_latents(judged).tolist() == [3]
-    assert llm_relevance(features.assign(verified="No"), task, lm).relevance.unique().tolist() == ["No"], "a failed check ends it"
+    assert llm_relevance(features.assign(verified="No"), task, lm).relevance.unique().tolist() == ["No"], (
+        "a failed check ends it"
+    )
     assert llm_relevance(features[features.explanation == ""], task, lm).relevance.tolist() == ["No"]

@@ -1,0 +1,1 @@
+"Records, corpora and items; the planted world; what a task is."

@@ -1,0 +1,1 @@
+"From activations to features: explanation, relevance, coverage, ground truth."

@@ -1,0 +1,1 @@
+"Backbones, language models, and every text that is sent to one."

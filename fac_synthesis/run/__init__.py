@@ -1,0 +1,1 @@
+"Parameters, artifacts, stages, pipeline, pages: what the other rooms stand on."

@@ -1,0 +1,1 @@
+"The sparse autoencoder: definition, pretraining, files of others, benchmark."

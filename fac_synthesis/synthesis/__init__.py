@@ -1,0 +1,1 @@
+"Contrastive pairs, covered samples, baselines, diversity, and fine-tuning on them."

@@ -1,0 +1,1 @@
+"The four downstream tasks, and their scores in one layout."
