@@ -1,32 +1,29 @@
 # fac_synthesis: the executable companion of "Less is Enough" (arXiv 2602.10388). `make` alone prints the targets.
 
 # The stages in running order; after the colon, the numbers of the stages whose results each one reads.
+# Notebooks that only define things are no stages.
 define STAGES
-00_experiment:
 01_planted_world:
 02_corpora:                  01
 03_backbone:                 01
-04_language_models:
-05_tasks:
-10_sae:
 11_sae_pretraining:          02 03
 12_sae_checkpoints:          02 03 11
 13_sae_benchmark:
 20_feature_activations:      02 03 12
 21_feature_interpretation:   02 03 20
-22_task_relevance:           02 05 20 21
-23_coverage:                 02 05 20 21 22
+22_task_relevance:           02 20 21
+23_coverage:                 02 20 21 22
 24_ground_truth:             01 02 20 22 23
-30_contrastive_pairs:        02 03 05 12 20 23
-31_feature_covered_samples:  02 03 05 12 20 23 30
-32_baselines:                02 03 05 12 20 23 30 31
+30_contrastive_pairs:        02 03 12 20 23
+31_covered_samples:          02 03 12 20 23 30
+32_baselines:                02 03 12 20 23 30 31
 33_diversity_metrics:        02 03 12 20 23 31 32
-40_toxicity_detection:       02 03 05 20 22 23 31 32
+40_toxicity_detection:       02 03 20 22 23 31 32
 41_reward_modeling:          02 03 31 32
 42_behavior_steering:        02 03 31 32
 43_instruction_following:    02 03 31 32
 50_what_predicts_performance: 02 33 40 41 42 43
-51_missing_features:         02 03 05 23 31 32 40 41 42 43
+51_missing_features:         02 03 23 31 32 40 41 42 43
 90_tables:                   21 22 31 40 41 42 43
 91_claims:                   40 41 42 43 50 51 90
 endef
@@ -40,6 +37,7 @@ export PROFILE ONLY P JOBS
 PYTHON = python3
 BIN    = .venv/bin
 READY  = .venv/ready
+CURRENT = $(BIN)/python -m fac_synthesis.run.export# notebooks that were edited reach the package first
 SHELL  = /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
@@ -60,32 +58,33 @@ $(READY): constraints.txt settings.ini pyproject.toml
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[dev]" && \
 	touch $(READY) && echo "installed in $$(( $$(date +%s) - began )) s"
 
-export: $(READY)  ## write fac_synthesis/ from nbs/ and strip the notebooks' metadata
-	@$(BIN)/nbdev_export && $(BIN)/nbdev_clean
+export: $(READY)  ## write what was edited in nbs/ into fac_synthesis/, format, strip the notebooks' metadata
+	@$(BIN)/ruff format -q && $(BIN)/nbdev_clean && $(CURRENT)
 
-test: $(READY)  ## all tests, with line coverage
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term --cov-fail-under=85
+test: $(READY)  ## rules of the code, then all tests, with line coverage
+	@$(CURRENT) && $(BIN)/ruff check -q && $(BIN)/ruff format -q --check && \
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term --cov-fail-under=85
 
 reproduce: $(READY)  ## run every stage that is not up to date; PROFILE=, ONLY=, P=
-	@$(BIN)/python -m fac_synthesis.pipeline run --profile "$$PROFILE" --only="$$ONLY" --params="$$P" --jobs="$$JOBS"
+	@$(CURRENT) && $(BIN)/python -m fac_synthesis.run.pipeline run --profile "$$PROFILE" --only="$$ONLY" --params="$$P" --jobs="$$JOBS"
 
 plan: $(READY)  ## what `make reproduce` would run, why, and at which cost
-	@$(BIN)/python -m fac_synthesis.pipeline plan --profile "$$PROFILE" --only="$$ONLY" --params="$$P"
+	@$(CURRENT) && $(BIN)/python -m fac_synthesis.run.pipeline plan --profile "$$PROFILE" --only="$$ONLY" --params="$$P"
 
 status: $(READY)  ## per stage: done, stale (why), failed, running, stopped or never ran
-	@$(BIN)/python -m fac_synthesis.pipeline status --profile "$$PROFILE" --only="$$ONLY" --params="$$P"
+	@$(CURRENT) && $(BIN)/python -m fac_synthesis.run.pipeline status --profile "$$PROFILE" --only="$$ONLY" --params="$$P"
 
 lab: $(READY)  ## open the notebooks in JupyterLab
 	@cd nbs && ../$(BIN)/jupyter lab
 
 html: $(READY)  ## the executed notebooks as pages that need no network, in results/PROFILE/html
-	@$(BIN)/python -m fac_synthesis.pages html --profile "$$PROFILE"
+	@$(CURRENT) && $(BIN)/python -m fac_synthesis.run.pages html --profile "$$PROFILE"
 
 publish: $(READY)  ## copy the outputs of the executed mini notebooks into nbs/
-	@$(BIN)/python -m fac_synthesis.pages publish && $(BIN)/nbdev_clean
+	@$(CURRENT) && $(BIN)/python -m fac_synthesis.run.pages publish && $(BIN)/nbdev_clean
 
 readme: $(READY)  ## write README.md from nbs/index.ipynb
-	@$(BIN)/python -m fac_synthesis.pages readme
+	@$(CURRENT) && $(BIN)/python -m fac_synthesis.run.pages readme
 
 clean:       ## remove this profile's results but its tables and figures (.venv stays)
 	@rm -rf "results/$$PROFILE"/{artifacts,stages,notebooks,html} .pytest_cache .coverage htmlcov

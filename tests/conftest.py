@@ -1,10 +1,15 @@
-"Small things that many tests share: a word tokenizer, a random backbone, an SAE of the same width, a scripted language model."
+"Small things that many tests share: a word tokenizer, a random backbone, a fitting SAE, a small project."
+
+import json
 
 import pytest
 import torch
+
 from fac_synthesis.models.backbone import Backbone, tiny_model, word_tokenizer
 from fac_synthesis.models.language_models import LanguageModel
-from fac_synthesis.run.parameters import UserError
+from fac_synthesis.run import parameters, stages
+from fac_synthesis.run.parameters import UserError, declared_parameters
+from fac_synthesis.run.stages import start
 from fac_synthesis.sae.core import SAE, SAEConfig
 
 torch.set_num_threads(1)
@@ -71,3 +76,54 @@ def backbone(words):
 def sae():
     torch.manual_seed(1)
     return SAE(SAEConfig(d_model=32, n_latents=96, k=6))
+
+
+PARAMETERS = """\
+profile: str = 'mini'  # scale
+seed: int = 0  # seed (paper: 42)
+k: int = 3  # how many (paper: 20, Appendix J)
+rate: float = 0.5  # rate,
+#   per step
+names: list[str] = ['a']  # names
+"""
+
+
+def notebook_text(*sources: str) -> str:
+    "JSON of a notebook whose first cell is the parameters cell."
+    cells = [
+        dict(cell_type="code", id=f"c{i}", metadata={}, source=source, outputs=[], execution_count=None)
+        for i, source in enumerate(sources)
+    ]
+    cells[0]["metadata"] = {"tags": ["parameters"]}
+    kernel = {"name": "python3", "language": "python", "display_name": "python3"}
+    return json.dumps(dict(cells=cells, metadata={"kernelspec": kernel}, nbformat=4, nbformat_minor=5))
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    "A project with two notebooks and two profiles; the working directory is in it."
+    (tmp_path / "nbs" / "profiles").mkdir(parents=True)
+    (tmp_path / "nbs" / "published").mkdir()
+    (tmp_path / "nbs" / "published" / "table01.csv").write_text("row,value\nOurs,1\n")
+    (tmp_path / "settings.ini").write_text("")
+    for stage in ("00_first", "10_second"):
+        (tmp_path / "nbs" / f"{stage}.ipynb").write_text(notebook_text(PARAMETERS, "x = 1"))
+    (tmp_path / "nbs/profiles/mini.yaml").write_text("{}\n")
+    (tmp_path / "nbs/profiles/small.yaml").write_text("10_second:\n  k: 7\n  rate: 1e-3\n  names: [$WHERE]\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FAC_RESULTS_DIR", raising=False)
+    monkeypatch.delenv("FAC_RESOLVED", raising=False)
+    monkeypatch.setattr(parameters, "FILES_READ", {})
+    monkeypatch.setattr(stages, "FILES_READ", parameters.FILES_READ)
+    return tmp_path
+
+
+@pytest.fixture
+def begin(project):
+    "begin(stage, **values): a run of the small project, as a notebook starts it."
+
+    def run(stage="10_second", **values):
+        defaults = {name: d["default"] for name, d in declared_parameters(stage).items()}
+        return start(stage, {**defaults, **values})
+
+    return run

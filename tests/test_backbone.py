@@ -1,15 +1,24 @@
-"Backbones: exact residuals of any architecture, the user's tokens under any template, opening, saving, and training that survives a kill."
+"""Backbones: exact residuals of any architecture, and the user's tokens under any template.
+
+Also opening and saving, and a training that survives a kill.
+"""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import fac_synthesis.models.backbone as B
 from fac_synthesis.models.backbone import (
     Backbone,
     decoder_layers,
@@ -21,10 +30,7 @@ from fac_synthesis.models.backbone import (
     train_language_model,
     word_tokenizer,
 )
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-
-from fac_synthesis import backbone as B
+from fac_synthesis.run.artifacts import check_artifact, digest_of, load_artifact, save_artifact
 
 REAL = (
     Path(os.environ["FAC_DATA_DIR"]).parent / "models" / "real-lm" if "FAC_DATA_DIR" in os.environ else None
@@ -33,11 +39,9 @@ ARCHITECTURES = ["llama", "mistral", "qwen2", "gpt2", "gpt_neox", "phi"]
 
 
 def toy(kind: str, vocab: int = 60, layers: int = 4):
-    names = (
-        dict(n_embd=32, n_layer=layers, n_head=4)
-        if kind == "gpt2"
-        else dict(hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4)
-    )
+    names = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4)
+    if kind == "gpt2":
+        names = dict(n_embd=32, n_layer=layers, n_head=4)
     if kind in ("llama", "mistral", "qwen2"):
         names["num_key_value_heads"] = 2
     torch.manual_seed(0)
@@ -49,7 +53,7 @@ def hidden_states(model, ids_BT, **more):
         return model(ids_BT, output_hidden_states=True, **more).hidden_states
 
 
-# --- residuals -------------------------------------------------------------------------------------------------------------------------------
+# ---- residuals
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -62,13 +66,10 @@ def test_residuals_are_the_models_own_hidden_states(kind, words, texts):
                 t = tokenize(words, [texts[i]], 256)[0]
                 own_TD = hidden_states(model, torch.tensor([t.ids]))[layer][0, t.first : t.last]
                 rows = r.text_N == i
-                assert (
-                    r.position_N[rows].tolist() == list(range(len(own_TD)))
-                    and r.token_N[rows].tolist() == t.ids[t.first : t.last]
-                )
-                assert (r.x_ND[rows] - own_TD).abs().max() < 1e-6, (
-                    "a text in a padded batch reads as it does alone"
-                )
+                gap = (r.x_ND[rows] - own_TD).abs().max()
+                assert r.position_N[rows].tolist() == list(range(len(own_TD)))
+                assert r.token_N[rows].tolist() == t.ids[t.first : t.last]
+                assert gap < 1e-6, "a text in a padded batch reads as it does alone"
                 seen += 1
         assert seen == len(texts)
 
@@ -93,11 +94,8 @@ def test_layer_1_is_the_first_block():
     model.model.layers[0].register_forward_hook(lambda m, a, o: seen.append(B.hidden_of(o)))
     with torch.no_grad():
         x = residual_stream(model, 1, input_ids=ids)
-    assert (
-        torch.equal(x, seen[0])
-        and torch.equal(x, hidden_states(model, ids)[1])
-        and not torch.equal(x, hidden_states(model, ids)[0])
-    )
+    embedded, first = hidden_states(model, ids)[:2]
+    assert torch.equal(x, seen[0]) and torch.equal(x, first) and not torch.equal(x, embedded)
 
 
 class OldStyle(torch.nn.Module):
@@ -116,15 +114,17 @@ def test_blocks_that_return_tuples(words, texts):
     tuples.model.model.layers[1] = OldStyle(tuples.model.model.layers[1])
     for a, b in zip(plain.residuals(texts), tuples.residuals(texts), strict=True):
         assert torch.equal(a.x_ND, b.x_ND)
-    tuples.model.model.layers[2].forward, inner = (
-        (lambda x, *a, **k: inner(x[0] if isinstance(x, tuple) else x, *a, **k)),
-        tuples.model.model.layers[2].forward,
-    )
-    assert (
-        tuples.token_losses(texts, lambda x: x * 0.5)
-        == plain.token_losses(texts, lambda x: x * 0.5)
-        != plain.token_losses(texts)
-    )
+    inner = tuples.model.model.layers[2].forward
+
+    def takes_tuples(x, *args, **more):
+        return inner(B.hidden_of(x), *args, **more)
+
+    def halved(x_ND):
+        return x_ND * 0.5
+
+    tuples.model.model.layers[2].forward = takes_tuples
+    assert tuples.token_losses(texts, halved) == plain.token_losses(texts, halved)
+    assert plain.token_losses(texts, halved) != plain.token_losses(texts)
 
 
 def test_bfloat16_model_gives_float32(words, texts, tmp_path):
@@ -150,36 +150,37 @@ def test_token_losses_are_the_models_cross_entropy(backbone, texts):
 
 
 def test_edited_losses_are_the_models_cross_entropy_and_divergence_over_all_tokens(backbone, texts):
-    edit, sums, count = lambda x_ND: 0.3 * x_ND, np.zeros(3), 0
+    sums, count = np.zeros(3), 0
+
+    def edit(x_ND):
+        return 0.3 * x_ND
+
+    def hook(module, args, output):
+        return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
+
     for text in texts:
         ids = torch.tensor([tokenize(backbone.tokenizer, [text], 256)[0].ids])
         log_p = backbone.model(ids).logits[0].detach().log_softmax(-1)
-        handle = decoder_layers(backbone.model)[backbone.layer - 1].register_forward_hook(
-            lambda m, a, out: (edit(out[0]), *out[1:]) if isinstance(out, tuple) else edit(out)
-        )
+        handle = decoder_layers(backbone.model)[backbone.layer - 1].register_forward_hook(hook)
         log_q = backbone.model(ids).logits[0].detach().log_softmax(-1)
         handle.remove()
         for p in range(len(ids[0]) - 1):
-            sums += [
-                -log_p[p, ids[0, p + 1]].item(),
-                -log_q[p, ids[0, p + 1]].item(),
-                (log_p[p].exp() * (log_p[p] - log_q[p])).sum().item(),
-            ]
+            divergence = (log_p[p].exp() * (log_p[p] - log_q[p])).sum()
+            target = ids[0, p + 1]
+            sums += [-log_p[p, target].item(), -log_q[p, target].item(), divergence.item()]
             count += 1
     got = backbone.edited_losses(texts, dict(original=None, edited=edit), batch_tokens=30, special=True)
-    assert [got["original"][0], *got["edited"]] == pytest.approx((sums / count).tolist(), abs=1e-4) and got[
-        "original"
-    ][1] == 0 < got["edited"][1]
+    (original, nothing), (edited, divergence) = got["original"], got["edited"]
+    assert [original, edited, divergence] == pytest.approx((sums / count).tolist(), abs=1e-4)
+    assert nothing == 0 < divergence
 
 
 def test_special_residuals_hold_the_template_too(backbone, texts):
-    (every,), (user,) = (list(backbone.residuals(texts, special=special)) for special in (True, False))
+    (every,) = backbone.residuals(texts, special=True)
+    (user,) = backbone.residuals(texts)
     assert len(every.x_ND) == sum(len(t.ids) for t in tokenize(backbone.tokenizer, texts, 256))
-    assert (
-        torch.equal(every.x_ND[every.user_N], user.x_ND)
-        and torch.equal(every.position_N[every.user_N], user.position_N)
-        and user.user_N.all()
-    )
+    assert torch.equal(every.x_ND[every.user_N], user.x_ND) and user.user_N.all()
+    assert torch.equal(every.position_N[every.user_N], user.position_N)
 
 
 def test_batches_hold_every_text_once_and_stay_within_the_budget():
@@ -189,7 +190,7 @@ def test_batches_hold_every_text_once_and_stay_within_the_budget():
     assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= 100 for b in batches)
 
 
-# --- templates -------------------------------------------------------------------------------------------------------------------------------
+# ---- templates
 
 PROSE = [
     "The quick brown fox can't jump over naïve cafés.",
@@ -197,13 +198,18 @@ PROSE = [
     "first the spray , then the stencil , then the wall",
     "open the lock with a key",
 ]
+EACH = "{% for m in messages %}"
 TEMPLATES = {
-    "system text before, suffix after": "{{ bos_token }}<|turn|>system\nYou are kind.<|end|>{% for m in messages %}<|turn|>{{ m.role }}\n{{ m.content | trim }}<|end|>{% endfor %}",
-    "instruction marks": "{{ bos_token }}{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}",
-    "text glued to the marks": "{{ bos_token }}{% for m in messages %}<|turn|>{{ m.content }}<|end|>{% endfor %}",
-    "nothing after": "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}",
+    "system text before, suffix after": (
+        "{{ bos_token }}<|turn|>system\nYou are kind.<|end|>"
+        + EACH
+        + "<|turn|>{{ m.role }}\n{{ m.content | trim }}<|end|>{% endfor %}"
+    ),
+    "instruction marks": "{{ bos_token }}" + EACH + "[INST] {{ m.content }} [/INST]{% endfor %}",
+    "text glued to the marks": "{{ bos_token }}" + EACH + "<|turn|>{{ m.content }}<|end|>{% endfor %}",
+    "nothing after": "{{ bos_token }}" + EACH + "{{ m.role }}: {{ m.content }}{% endfor %}",
     "several templates": {
-        "default": "{{ bos_token }}{% for m in messages %}<|turn|>{{ m.content }}<|end|>{% endfor %}",
+        "default": "{{ bos_token }}" + EACH + "<|turn|>{{ m.content }}<|end|>{% endfor %}",
         "tool_use": "x",
     },
     "none": None,
@@ -213,22 +219,17 @@ TEMPLATES = {
 def byte_tokenizer(template=None, trim: bool = False) -> PreTrainedTokenizerFast:
     "A byte-level BPE tokenizer that adds <s> by itself, as Llama's does."
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    core.train_from_iterator(
-        PROSE * 3,
-        trainers.BpeTrainer(
-            vocab_size=340,
-            special_tokens=["<s>", "<|turn|>", "<|end|>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=340,
+        special_tokens=["<s>", "<|turn|>", "<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
-    core.post_processor = processors.Sequence(
-        [
-            processors.ByteLevel(trim_offsets=trim),
-            processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)]),
-        ]
-    )
+    core.train_from_iterator(PROSE * 3, trainer)
+    adds_bos = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    core.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=trim), adds_bos])
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token="<s>",
@@ -244,10 +245,8 @@ def test_the_users_tokens_are_found_under_any_template(name):
         t = tokenize(tokenizer, [text], 256)[0]
         assert t.ids.count(tokenizer.bos_token_id) == 1 and t.ids[0] == tokenizer.bos_token_id
         assert tokenizer.decode(t.ids[t.first : t.last]).strip() == text.strip()
-        assert all(
-            text.strip() not in tokenizer.decode(t.ids[a:b])
-            for a, b in ((t.first + 1, None), (None, t.last - 1))
-        )
+        for cut in (t.ids[t.first + 1 :], t.ids[: t.last - 1]):
+            assert text.strip() not in tokenizer.decode(cut), "no token of it is left out"
 
 
 @pytest.mark.parametrize("trim", [True, False])
@@ -276,12 +275,8 @@ def test_a_template_that_hides_the_text_is_refused(words, refused):
 def test_truncation_keeps_the_beginning_of_the_text(words, refused):
     text = "first the spray , then the stencil"
     whole, cut = (tokenize(words, [text], n)[0] for n in (99, 6))
-    assert (
-        len(cut.ids) == 6
-        and cut.ids == whole.ids[:6]
-        and cut.characters == whole.characters[:4]
-        and (cut.first, cut.last) == (2, 6)
-    )
+    assert cut.ids == whole.ids[:6] and len(cut.ids) == 6
+    assert cut.characters == whole.characters[:4] and (cut.first, cut.last) == (2, 6)
     assert (whole.last, len(whole.ids)) == (9, 10)
     assert "max_length" in refused(lambda: tokenize(words, [text], 2)), (
         "no token of the text is left: its features would silently be none"
@@ -292,7 +287,30 @@ def test_empty_text_is_refused(backbone, refused):
     assert "number 2" in refused(lambda: list(backbone.residuals(["fine", " \n"])))
 
 
-# --- opening and keeping ---------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "change, padding",
+    [
+        (dict(), "<pad>"),
+        (dict(pad_token="<end>"), "<bos>"),
+        (dict(pad_token=None, bos_token=None), "<unk>"),
+        (dict(pad_token="<end>", bos_token=None, unk_token=None, eos_token="<user>"), "<user>"),
+    ],
+)
+def test_padding_never_ends_a_text(change, padding):
+    tokenizer = word_tokenizer(["a b"])
+    for name, token in change.items():
+        setattr(tokenizer, name, token)
+    assert tokenizer.convert_ids_to_tokens(B.padding_id(tokenizer)) == padding
+
+
+def test_a_tokenizer_without_padding_is_refused(refused):
+    tokenizer = word_tokenizer(["a b"])
+    tokenizer.pad_token = tokenizer.eos_token = "<end>"
+    tokenizer.bos_token = tokenizer.unk_token = None
+    assert "pad_token" in refused(lambda: B.padding_id(tokenizer))
+
+
+# ---- opening and keeping
 
 
 @pytest.fixture(scope="module")
@@ -354,9 +372,8 @@ def test_a_gpu_that_is_not_there(saved, refused, tmp_path):
     Backbone.load(saved).save(tmp_path)
     about = json.loads((tmp_path / "backbone.json").read_text())
     (tmp_path / "backbone.json").write_text(json.dumps({**about, "device": "cuda"}))
-    assert Backbone.load(tmp_path).device.type == "cpu", (
-        "a backbone that was trained on a GPU opens without one"
-    )
+    opened = Backbone.load(tmp_path)
+    assert opened.device.type == "cpu", "a backbone that was trained on a GPU opens without one"
 
 
 def test_wrong_places(refused, monkeypatch, tmp_path):
@@ -372,8 +389,48 @@ def test_wrong_places(refused, monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_truncated_files(saved, refused, tmp_path, name):
     for file in saved.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes()[: 300 if file.name == name else None])
+        content = file.read_bytes()
+        (tmp_path / file.name).write_bytes(content[:300] if file.name == name else content)
     assert str(tmp_path) in refused(lambda: open_backbone(str(tmp_path)))
+
+
+def test_the_only_layer_is_half_depth_too(words):
+    assert Backbone(toy("llama", layers=1), words).layer == 1
+
+
+def test_another_layer_of_the_same_model(saved, texts):
+    trained = Backbone.load(saved)
+    other = B.at_layer(trained, 1, 50)
+    assert (other.layer, other.max_length, other.history) == (1, 50, trained.history)
+    assert other.model is trained.model and trained.layer == 3
+    assert not torch.equal(next(other.residuals(texts)).x_ND, next(trained.residuals(texts)).x_ND)
+
+
+def test_a_loaded_backbone_and_its_model_are_known_without_reading_the_weights(saved, tmp_path, monkeypatch):
+    folder = save_artifact(tmp_path / "backbone", Backbone.load(saved), {})
+    first, second = (load_artifact(folder, Backbone) for _ in range(2))
+
+    def weights(self):
+        raise AssertionError("the weights need not be read")
+
+    monkeypatch.setattr(torch.nn.Module, "state_dict", weights)
+    assert digest_of(first) == digest_of(second) and digest_of(first.model) == digest_of(second.model)
+    assert digest_of(first) != digest_of(first.model)
+
+
+def test_another_content_of_a_folder_is_another_reference(saved, tmp_path):
+    place = tmp_path / "model"
+    shutil.copytree(saved, place)
+    digests = []
+    for i in range(2):
+        files = B.source_stamp(str(place))
+        folder = save_artifact(tmp_path / f"reference{i}", B.refer_to(str(place), files, layer=2), {})
+        digests.append(check_artifact(folder))
+        assert load_artifact(folder, Backbone).files == files
+        weights = (place / "model.safetensors").read_bytes()
+        (place / "model.safetensors").write_bytes(weights)
+        os.utime(place / "model.safetensors", (1, 1))
+    assert digests[0] != digests[1]
 
 
 def test_a_model_without_decoder_blocks_is_refused(words, refused):
@@ -382,23 +439,21 @@ def test_a_model_without_decoder_blocks_is_refused(words, refused):
     assert "decoder" in refused(lambda: Backbone(model, words))
 
 
-# --- training --------------------------------------------------------------------------------------------------------------------------------
+# ---- training
 
 
 def train(work=None):
     "A short training; its weights and losses are a function of nothing but this code."
     rng = np.random.default_rng(0)
-    chats = [
-        [
-            dict(role="user", content=" ".join(rng.choice(list("abcdefgh"), rng.integers(2, 9)))),
-            dict(role="assistant", content="a b c"),
-        ]
-        for _ in range(40)
-    ]
+    chats = []
+    for _ in range(40):
+        asked = " ".join(rng.choice(list("abcdefgh"), rng.integers(2, 9)))
+        chats.append([dict(role="user", content=asked), dict(role="assistant", content="a b c")])
     tokenizer = word_tokenizer([m["content"] for c in chats for m in c])
     torch.manual_seed(0)
     model = tiny_model("llama", len(tokenizer), 16, 2)
-    losses = train_language_model(model, tokenizer, chats, 24, 4, 1e-2, seed=0, work=work, save_every=5)
+    settings = dict(steps=24, batch=4, learning_rate=1e-2, seed=0)
+    losses = train_language_model(model, tokenizer, chats, **settings, work=work, save_every=5)
     return losses, torch.cat([p.flatten() for p in model.parameters()])
 
 
@@ -409,12 +464,13 @@ def unbroken():
 
 def stop_at(step: int, act):
     "train() whose step number `step` runs `act` instead of training."
-    inner = B._language_model_step
+    inner, done = B._language_model_step, []
 
-    def broken(model, optimizer, rows, rate, losses):
-        if len(losses) == step:
+    def broken(*args):
+        if len(done) == step:
             act()
-        inner(model, optimizer, rows, rate, losses)
+        done.append(inner(*args))
+        return done[-1]
 
     return broken
 
@@ -462,31 +518,77 @@ def test_training_resumes_to_the_same_bytes_after_a_kill(unbroken, tmp_path):
 def test_training_learns_and_ignores_padding(unbroken):
     assert np.mean(unbroken[0][-5:]) < 0.8 * unbroken[0][0]
     model = tiny_model("llama", 20, 16, 2)
-    one = {}
-    for width, rows in ((1, [[1, 5, 6, 7]]), (2, [[1, 5, 6, 7], [1, 5, 6, 7, 8, 9]])):
-        losses = []
-        B._language_model_step(model, [torch.optim.SGD(model.parameters(), 0.0)], rows, 0.0, losses)
-        one[width] = losses[0]
-    alone = model(
-        input_ids=torch.tensor([[1, 5, 6, 7, 8, 9]]), labels=torch.tensor([[1, 5, 6, 7, 8, 9]])
-    ).loss.item()
-    assert one[2] == pytest.approx((3 * one[1] + 5 * alone) / 8, abs=1e-5), "the mean is over real tokens"
+    still = torch.optim.SGD(model.parameters(), 0.0)
+    short, long = [1, 5, 6, 7], [1, 5, 6, 7, 8, 9]
+    alone = B._language_model_step(model, [still], [short], 0.0)
+    padded = B._language_model_step(model, [still], [short, long], 0.0)
+    long_alone = model(input_ids=torch.tensor([long]), labels=torch.tensor([long])).loss.item()
+    assert padded == pytest.approx((3 * alone + 5 * long_alone) / 8, abs=1e-5), "the mean is over real tokens"
 
 
 def test_batches_hold_every_conversation_once_per_epoch_and_depend_on_the_seed_only():
     ids = [[1] * n for n in range(2, 40)]
-    draw = lambda seed: [b for b, _ in zip(B.conversation_batches(ids, 5, seed), range(8))]
+
+    def draw(seed):
+        return [b for b, _ in zip(B.conversation_batches(ids, 5, seed), range(8))]
+
     assert sorted(len(r) for b in draw(0) for r in b) == list(range(2, 40)) and draw(0) == draw(0) != draw(1)
+
+
+def conversations():
+    "Two conversations that the base model learns from and one that it does not."
+    texts = [("a", "b"), ("b", "a"), ("c", "d")]
+    turns = [json.dumps([["user", asked], ["assistant", said]]) for asked, said in texts]
+    return pd.DataFrame(dict(late=[False, False, True], turns=turns))
+
+
+TINY = B.TinySettings("llama", hidden_size=16, n_layers=2, batch=2, learning_rate=1e-2, device="cpu", seed=0)
+
+
+def test_the_base_model_knows_all_words_and_learns_from_early_conversations_only(monkeypatch):
+    seen = []
+    inner = B._language_model_step
+
+    def watched(model, optimizers, rows, rate):
+        seen.append(rows)
+        return inner(model, optimizers, rows, rate)
+
+    monkeypatch.setattr(B, "_language_model_step", watched)
+    base = B.train_tiny(conversations(), TINY, steps=3)
+    vocabulary = base.tokenizer.get_vocab()
+    assert {"a", "b", "c", "d"} <= set(vocabulary) and len(base.history) == 3
+    ids = {i for rows in seen for row in rows for i in row}
+    assert vocabulary["a"] in ids and vocabulary["c"] not in ids
+    seen.clear()
+    weights = [p.clone() for p in base.model.parameters()]
+    tuned = B.train_tiny(conversations(), TINY, steps=4, base=base)
+    assert vocabulary["c"] in {i for rows in seen for row in rows for i in row}
+    assert all(map(torch.equal, weights, base.model.parameters())), "the base model stays as it is"
+    assert not all(map(torch.equal, weights, tuned.model.parameters())) and len(tuned.history) == 4
+
+
+def test_a_tiny_model_is_a_function_of_its_settings_and_the_global_seed():
+    digests = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        digests.append(digest_of(B.train_tiny(conversations(), TINY, steps=2).model))
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_all_cores_are_given_back():
+    before = torch.get_num_threads()
+    with B.all_cores():
+        assert torch.get_num_threads() == len(os.sched_getaffinity(0))
+    assert torch.get_num_threads() == before
 
 
 def test_unknown_architecture_and_nothing_to_learn_from(words, refused):
     assert "qwen2" in refused(lambda: tiny_model("bert", 20, 16, 2))
-    assert "conversation" in refused(
-        lambda: train_language_model(tiny_model("llama", 20, 16, 2), words, [], 2, 2, 1e-3, 0)
-    )
+    model, settings = tiny_model("llama", 20, 16, 2), dict(steps=2, batch=2, learning_rate=1e-3, seed=0)
+    assert "conversation" in refused(lambda: train_language_model(model, words, [], **settings))
 
 
-# --- a real model ----------------------------------------------------------------------------------------------------------------------------
+# ---- a real model
 
 
 @pytest.fixture(scope="module")
@@ -510,7 +612,7 @@ def test_real_model(real):
         assert {i for a, z in places for i in range(a, z)} >= {
             i for i, c in enumerate(text) if not c.isspace()
         }
-        for token, (a, z) in zip(tokenize(real.tokenizer, [text], 256)[0].ids[3 - 1 :], places):
+        for token, (a, z) in zip(tokenize(real.tokenizer, [text], 256)[0].ids[2:], places):
             written = real.tokenizer.decode([token])
             if "\ufffd" not in written:
                 assert written.strip() == text[a:z].strip()

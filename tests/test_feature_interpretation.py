@@ -1,10 +1,12 @@
-"Explanations: statistics against a calculation by hand, planted peak words found again, and a judge that follows a script."
+"Explanations: statistics by hand, planted peak words found again, and a judge that follows a script."
 
 from collections import Counter
 
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import sparse
+
 from fac_synthesis.features.activations import FeatureActivations
 from fac_synthesis.features.interpretation import (
     COLUMNS,
@@ -16,7 +18,6 @@ from fac_synthesis.features.interpretation import (
     words_of,
 )
 from fac_synthesis.models.backbone import Backbone, tiny_model, word_tokenizer
-from scipy import sparse
 
 
 def test_enriched_by_hand():
@@ -39,26 +40,14 @@ def test_ties_are_in_alphabetical_order():
 
 def test_words_and_the_words_at_tokens():
     text = "Don't spray-paint the café's wall, señor x!"
-    assert [w for w, _, _ in words_of(text)] == [
-        "don't",
-        "spray-paint",
-        "the",
-        "café's",
-        "wall",
-        "señor",
-        "x",
-    ]
-    assert all(text[a:b].lower() == w for w, a, b in words_of(text))
-    at = text.index("paint")
-    assert (
-        word_at(words_of(text), (at, at + 2)) == 1
-        and word_at(words_of(text), (text.index(","), text.index(",") + 1)) is None
-    )
-    assert (
-        peak_terms(words_of(text), 0, 2) == ["don't"]
-        and peak_terms(words_of(text), 2, 0) == ["the"]
-        and peak_terms(words_of(text), None, 2) == []
-    )
+    words = words_of(text)
+    assert [word.word for word in words] == "don't spray-paint the café's wall señor x".split()
+    assert all(text[start:end].lower() == word for word, start, end in words)
+    paint, comma = text.index("paint"), text.index(",")
+    assert word_at(words, (paint, paint + 2)) == 1
+    assert word_at(words, (comma, comma + 1)) is None
+    assert peak_terms(words, 0, 2) == ["don't"] and peak_terms(words, 2, 0) == ["the"]
+    assert peak_terms(words, None, 2) == []
 
 
 TARGETS = ("spray", "lock", ".")
@@ -73,31 +62,26 @@ CORPUS = [
 @pytest.fixture(scope="module")
 def planted():
     "Latent j fires at word TARGETS[j] and nowhere else; latent 3 never."
-    tokens = [t.split() for t in CORPUS]
+    tokens = [text.split() for text in CORPUS]
     place = np.array([[t.index(w) + 1 if w in t else 0 for w in TARGETS] + [0] for t in tokens])
     value = (place > 0) * np.linspace(1, 2, len(CORPUS))[:, None]
+    g = sparse.csr_matrix(value.astype(np.float32))
     tokenizer = word_tokenizer(CORPUS)
-    return Backbone(tiny_model("llama", len(tokenizer), 16, 2), tokenizer, 1), FeatureActivations(
-        sparse.csr_matrix(value.astype(np.float32)), sparse.csr_matrix(place)
-    )
+    backbone = Backbone(tiny_model("llama", len(tokenizer), 16, 2), tokenizer, 1)
+    return backbone, FeatureActivations(g, sparse.csr_matrix(place))
 
 
 def test_the_statistical_annotator_finds_the_planted_words(planted):
     table = statistical_features(planted[0], CORPUS, planted[1], n_spans=4, before=2, after=1, n_keywords=3)
-    assert table.columns.tolist() == COLUMNS and table.latent.tolist() == [0, 1, 2], (
-        "a latent that never fires is no feature"
-    )
+    assert table.columns.tolist() == COLUMNS
+    assert table.latent.tolist() == [0, 1, 2], "a latent that never fires is no feature"
     for i in (0, 1):
-        assert (
-            table.keywords[i][0] == TARGETS[i]
-            and TARGETS[i] in table.explanation[i]
-            and "flour" not in table.explanation[i]
-        )
+        assert table.keywords[i][0] == TARGETS[i]
+        assert TARGETS[i] in table.explanation[i] and "flour" not in table.explanation[i]
         assert len(table.spans[i]) == 4 and all(f"[{TARGETS[i]}]" in s for s in table.spans[i])
         assert table.scores[i] == sorted(table.scores[i], reverse=True) and table.n_texts[i] == 12
-    assert all(" " not in k for ks in table.keywords for k in ks) and table.explanation[2] == "", (
-        "punctuation explains nothing"
-    )
+    assert all(" " not in k for ks in table.keywords for k in ks)
+    assert table.explanation[2] == "", "punctuation explains nothing"
 
 
 def test_context_0_counts_the_peak_word_only(planted):
@@ -120,21 +104,12 @@ TABLE = pd.DataFrame(
 
 
 def test_the_llm_annotator(scripted):
+    said = {"spray": "  About\nspray cans. ", "lock": "Cannot tell.", "wall": "Walls."}
+
     def reply(prompt, j):
         if prompt.startswith("Somebody claims"):
             return "Probably" if "spray" in prompt else None
-        return next(
-            (
-                said
-                for word, said in {
-                    "spray": "  About\nspray cans. ",
-                    "lock": "Cannot tell.",
-                    "wall": "Walls.",
-                }.items()
-                if word in prompt
-            ),
-            None,
-        )
+        return next((said[word] for word in said if word in prompt), None)
 
     lm = scripted(reply)
     judged = llm_features(TABLE, lm)

@@ -1,5 +1,6 @@
 "Generation and judging: a local model, an endpoint that misbehaves, a real server, recorded answers."
 
+import base64
 import contextlib
 import http.server
 import json
@@ -11,9 +12,20 @@ import sys
 import threading
 import time
 import urllib.request
+from functools import partial
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from fac_synthesis.models import language_models
 from fac_synthesis.models.language_models import (
     Endpoint,
     LanguageModel,
@@ -33,21 +45,18 @@ from fac_synthesis.models.language_models import (
     retry_delay,
     stop_ids,
 )
+from fac_synthesis.run.artifacts import digest_of
 from fac_synthesis.run.parameters import UserError
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
-
-from fac_synthesis import language_models
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<turn>", "<user>", "<assistant>", "<system>", "<unk>"]
-WORDS = "red green blue one two three four five six seven and the a on in of cat dog bird sits runs sings : User Assistant".split()
-TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}> {{ m.content }} <turn>\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+WORDS = (
+    "red green blue one two three four five six seven and the a on in of cat dog bird sits runs sings "
+    ": User Assistant"
+).split()
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<{{ m.role }}> {{ m.content }} <turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 
 
 def user(text):
@@ -117,14 +126,11 @@ def model_with_a_window():
 
 
 PROMPTS = [
-    user(t)
-    for t in (
-        "red",
-        "the cat sits on the dog and the bird sings",
-        "one two three four five six seven",
-        "a dog runs",
-        "blue and green",
-    )
+    user("red"),
+    user("the cat sits on the dog and the bird sings"),
+    user("one two three four five six seven"),
+    user("a dog runs"),
+    user("blue and green"),
 ]
 
 
@@ -132,9 +138,8 @@ PROMPTS = [
 
 
 def test_prompt_ends_with_the_assistants_turn_and_holds_one_bos(tokenizer):
-    tokens = tokenizer.convert_ids_to_tokens(
-        prompt_ids(tokenizer, [dict(role="system", content="a cat"), *user("red")])
-    )
+    ids = prompt_ids(tokenizer, [dict(role="system", content="a cat"), *user("red")])
+    tokens = tokenizer.convert_ids_to_tokens(ids)
     assert tokens == ["<bos>", "<system>", "a", "cat", "<turn>", "<user>", "red", "<turn>", "<assistant>"]
 
 
@@ -152,13 +157,10 @@ def test_stops_at_eos_and_at_the_templates_end_of_turn(model, tokenizer):
 
 
 def test_a_template_that_objects_is_one_sentence(model):
-    picky = make_tokenizer(
-        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE
-    )
+    objection = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    lm = LocalModel(model, make_tokenizer(objection + TEMPLATE))
     with pytest.raises(UserError, match="no system role"):
-        LocalModel(model, picky).generate(
-            [[dict(role="system", content="a"), *user("red")]], max_new_tokens=4
-        )
+        lm.generate([[dict(role="system", content="a"), *user("red")]], max_new_tokens=4)
 
 
 def alone_without_padding(model, tokenizer, conversation, steps):
@@ -177,24 +179,27 @@ def test_a_padded_batch_says_what_each_prompt_says_alone(model, tokenizer):
     want = [[alone_without_padding(model, tokenizer, c, 8)] for c in PROMPTS]
     assert len(set(map(str, want))) > 1
     for size in (1, 2, 8):
-        assert (
-            LocalModel(model, tokenizer, batch_size=size).generate(PROMPTS, temperature=0, max_new_tokens=8)
-            == want
-        )
+        lm = LocalModel(model, tokenizer, batch_size=size)
+        assert lm.generate(PROMPTS, temperature=0, max_new_tokens=8) == want
 
 
 @pytest.mark.parametrize("window", [False, True])
 def test_answers_to_one_prompt_share_its_reading(model, tokenizer, window, monkeypatch):
-    lm, read = LocalModel(model_with_a_window() if window else model, tokenizer), []
-    watch = lm.model.get_input_embeddings().register_forward_hook(
-        lambda module, args, output: read.append(args[0].numel())
-    )
-    draw = lambda: lm.generate(PROMPTS[1:3], n=4, max_new_tokens=6, seed=3)
-    shared, cost = draw(), sum(read)
-    read.clear()
+    lm = LocalModel(model_with_a_window() if window else model, tokenizer)
+    read = []
+
+    def note_reading(module, inputs, output):
+        read.append(inputs[0].numel())
+
+    def draw():
+        read.clear()
+        return lm.generate(PROMPTS[1:3], n=4, max_new_tokens=6, seed=3)
+
+    watch = lm.model.get_input_embeddings().register_forward_hook(note_reading)
+    shared = draw()
+    cost = sum(read)
     monkeypatch.setattr(lm.model.generation_config, "num_beams", 2)  # a model's own settings change nothing
     assert draw() == shared
-    read.clear()
     monkeypatch.setattr(language_models, "read_once", lambda *parts: {})
     assert draw() == shared and len({text for texts in shared for text in texts}) > 2
     assert cost < 0.6 * sum(read)
@@ -202,9 +207,10 @@ def test_answers_to_one_prompt_share_its_reading(model, tokenizer, window, monke
 
 
 def test_same_seed_same_text_whatever_the_batch_and_order(model, tokenizer):
-    draw = lambda size, prompts=PROMPTS, seed=7: LocalModel(model, tokenizer, batch_size=size).generate(
-        prompts, n=3, max_new_tokens=8, seed=seed
-    )
+    def draw(size, prompts=PROMPTS, seed=7):
+        lm = LocalModel(model, tokenizer, batch_size=size)
+        return lm.generate(prompts, n=3, max_new_tokens=8, seed=seed)
+
     torch.manual_seed(1)
     first = draw(1)
     torch.manual_seed(2)
@@ -226,10 +232,8 @@ def test_sampling_leaves_the_callers_random_stream_alone(model, tokenizer):
 def test_planned_sampling_draws_from_the_distribution():
     probability = torch.tensor([0.05, 0.0, 0.7, 0.25])
     pick = PlannedSampling(planned_uniforms(list(range(5000)), 1), 0)
-    share = (
-        torch.bincount(pick(torch.empty(5000, 0), probability.log().expand(5000, 4)).argmax(-1), minlength=4)
-        / 5000
-    )
+    picked = pick(torch.empty(5000, 0), probability.log().expand(5000, 4)).argmax(-1)
+    share = torch.bincount(picked, minlength=4) / 5000
     assert share[1] == 0 and (share - probability).abs().max() < 0.025
 
 
@@ -240,70 +244,62 @@ def test_small_top_p_is_greedy_and_high_temperature_is_not(model, tokenizer):
     assert lm.generate(PROMPTS, temperature=50.0, top_p=1.0, max_new_tokens=6) != greedy
 
 
+FIRST_WORD = len(SPECIAL)
+
+
+class Next(LlamaForCausalLM):
+    "Answers with the token after the last one in the vocabulary: 'six' leads to 'seven', that to 'and'."
+
+    stop_after = FIRST_WORD + WORDS.index("three")
+
+    def forward(self, input_ids=None, **kw):
+        out = super().forward(input_ids=input_ids, **kw)
+        last = input_ids[:, -1]
+        after = (last + 1) % self.config.vocab_size
+        after = torch.where(last == 5, FIRST_WORD + WORDS.index("one"), after)
+        after = torch.where(last == self.stop_after, 3, after)
+        out.logits = torch.nn.functional.one_hot(after, self.config.vocab_size).float()[:, None] * 50
+        return out
+
+
 @pytest.fixture
 def follows(model):
-    "A model that always answers with the token after the last one in the vocabulary, so that 'six' leads to 'seven' leads to 'and' ..."
-
-    class Next(LlamaForCausalLM):
-        stop_after = len(SPECIAL) + WORDS.index("three")
-
-        def forward(self, input_ids=None, **kw):
-            out = super().forward(input_ids=input_ids, **kw)
-            last = input_ids[:, -1]
-            after = torch.where(
-                last == self.stop_after,
-                3,
-                torch.where(
-                    last == 5, len(SPECIAL) + WORDS.index("one"), (last + 1) % self.config.vocab_size
-                ),
-            )
-            out.logits = torch.nn.functional.one_hot(after, self.config.vocab_size).float()[:, None] * 50
-            return out
-
     return Next(model.config).eval()
 
 
 def test_ends_at_the_turns_end_and_decodes_only_new_words(follows, tokenizer):
-    assert (
-        LocalModel(follows, tokenizer).generate(
-            [user("red cat"), user("the dog runs and sings")], temperature=0, max_new_tokens=20
-        )
-        == [["one two three"]] * 2
-    )
+    asked = [user("red cat"), user("the dog runs and sings")]
+    answers = LocalModel(follows, tokenizer).generate(asked, temperature=0, max_new_tokens=20)
+    assert answers == [["one two three"]] * 2
 
 
 def test_published_generation_settings_do_not_leak_in(follows, tokenizer):
-    (
-        follows.generation_config.repetition_penalty,
-        follows.generation_config.do_sample,
-        follows.generation_config.top_k,
-    ) = 9.0, True, 1
+    follows.generation_config.repetition_penalty = 9.0
+    follows.generation_config.do_sample = True
+    follows.generation_config.top_k = 1
     follows.stop_after = -1
-    text = LocalModel(follows, tokenizer).generate(
-        [user("red one two three")], temperature=0, max_new_tokens=4
-    )
+    lm = LocalModel(follows, tokenizer)
+    text = lm.generate([user("red one two three")], temperature=0, max_new_tokens=4)
     assert text == [["one two three four"]]
 
 
 def test_an_answer_without_words_is_a_failure(follows, tokenizer):
     follows.stop_after = 5
-    assert (
-        LocalModel(follows, tokenizer).generate(PROMPTS[:2], n=2, temperature=0, max_new_tokens=8)
-        == [[None, None]] * 2
-    )
+    answers = LocalModel(follows, tokenizer).generate(PROMPTS[:2], n=2, temperature=0, max_new_tokens=8)
+    assert answers == [[None, None]] * 2
 
 
 def test_the_caller_finds_model_and_tokenizer_unchanged(model, tokenizer):
+    def settings():
+        return tokenizer.padding_side, tokenizer.pad_token, tokenizer.truncation_side
+
     tokenizer.pad_token = None
     model.train()
     try:
-        before = (tokenizer.padding_side, tokenizer.pad_token, tokenizer.truncation_side)
-        first, second = (LocalModel(model, tokenizer).generate(PROMPTS, max_new_tokens=4) for _ in range(2))
-        assert (
-            before == (tokenizer.padding_side, tokenizer.pad_token, tokenizer.truncation_side)
-            and model.training
-            and first == second
-        )
+        before = settings()
+        first = LocalModel(model, tokenizer).generate(PROMPTS, max_new_tokens=4)
+        second = LocalModel(model, tokenizer).generate(PROMPTS, max_new_tokens=4)
+        assert before == settings() and model.training and first == second
     finally:
         model.eval()
 
@@ -321,9 +317,8 @@ def test_a_saved_model_opens_and_answers_alike(model, tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "tiny")
     lm = open_language_model(str(tmp_path / "tiny"), device="cpu", batch_size=2)
     assert isinstance(lm, LocalModel) and lm.name == "tiny" and lm.batch_size == 2
-    assert lm.generate(PROMPTS, max_new_tokens=6) == LocalModel(model, tokenizer).generate(
-        PROMPTS, max_new_tokens=6
-    )
+    in_memory = LocalModel(model, tokenizer)
+    assert lm.generate(PROMPTS, max_new_tokens=6) == in_memory.generate(PROMPTS, max_new_tokens=6)
 
 
 def test_a_model_that_cannot_be_opened_is_one_sentence(tmp_path, model, tokenizer):
@@ -368,10 +363,70 @@ def test_odds_and_ends_of_the_interface(model, tokenizer):
 
     with pytest.raises(NotImplementedError, match="Unfinished must implement answers"):
         Unfinished().generate(PROMPTS)
-    assert (
-        derived_seed("a", 1) == derived_seed("a", 1) != derived_seed("a", 2)
-        and 0 <= derived_seed("\ud800") < 2**31
-    )
+    with pytest.raises(NotImplementedError, match="Unfinished must implement content"):
+        digest_of(Unfinished())
+    assert derived_seed("a", 1) == derived_seed("a", 1) != derived_seed("a", 2)
+    assert 0 <= derived_seed("\ud800") < 2**31
+
+
+# ---------------------------------------------------------------- what an answer depends on
+
+
+def test_a_local_model_is_known_by_what_changes_its_answers(model, tokenizer):
+    lm = LocalModel(model, tokenizer)
+    known = digest_of(lm)
+    lm.generate(PROMPTS, n=2, max_new_tokens=4)
+    tokenizer(["red", "red cat"], padding=True, truncation=True, max_length=2)
+    assert digest_of(lm) == known == digest_of(LocalModel(model, make_tokenizer(), batch_size=2))
+    others = [
+        LocalModel(model, tokenizer, name="other"),
+        LocalModel(model_with_a_window(), tokenizer),
+        LocalModel(model, make_tokenizer(TEMPLATE + " ")),
+        LocalModel(model, make_tokenizer(None)),
+    ]
+    assert known not in [digest_of(other) for other in others]
+
+
+def test_weights_words_and_own_settings_of_a_model_count(model, tokenizer, monkeypatch):
+    lm = LocalModel(model, tokenizer)
+    known = digest_of(lm)
+    monkeypatch.setattr(model.generation_config, "suppress_tokens", [9])
+    suppressing = digest_of(lm)
+    monkeypatch.undo()
+    assert digest_of(lm) == known != suppressing
+    weight = model.lm_head.weight
+    before = weight[0, 0].item()
+    with torch.no_grad():
+        weight[0, 0] = before + 1
+        changed = digest_of(lm)
+        weight[0, 0] = before
+    assert digest_of(lm) == known != changed
+    tokenizer.add_tokens(["fish"])
+    assert digest_of(lm) != known
+
+
+def test_an_endpoint_is_known_by_model_and_address(tmp_path):
+    def known(model="m", address="http://localhost:8000/v1", **options):
+        return digest_of(Endpoint(model, address, **options))
+
+    assert known() == known(concurrency=1, max_retries=0, timeout=5, cache_dir=tmp_path, backoff=1.0)
+    assert known() == known(address="http://localhost:8000/v1/")
+    assert len({known(), known(model="n"), known(address="http://localhost:8001/v1")}) == 3
+
+
+def test_a_recorder_and_a_replay_are_known_by_what_they_answer_from(tmp_path):
+    file = tmp_path / "a.jsonl"
+    recorder = Recorder(Endpoint("m", "http://localhost:8000/v1"), file)
+    known = digest_of(recorder)
+    assert known == digest_of(Recorder(Endpoint("m", "http://localhost:8000/v1"), tmp_path / "b.jsonl"))
+    assert known != digest_of(Recorder(Endpoint("m", "http://localhost:8001/v1"), file))
+    Recorder(Script(dict(a="x")), file).generate([user("a")])
+    replay = Replay(file)
+    known = digest_of(replay)
+    (tmp_path / "elsewhere.jsonl").write_bytes(file.read_bytes())
+    assert known == digest_of(Replay(tmp_path / "elsewhere.jsonl"))
+    Recorder(Script(dict(b="y")), file).generate([user("b")])
+    assert known == digest_of(replay) != digest_of(Replay(file))
 
 
 # ---------------------------------------------------------------- labels
@@ -476,10 +531,8 @@ def test_a_recording_survives_being_cut_at_any_byte(tmp_path):
         file.write_bytes(whole[:cut])
         assert Replay(file).generate([user("a")]) == [["ä"]]
     Recorder(lm, file).generate([user("c")])
-    assert (
-        Replay(file).generate([user("a"), user("c")]) == [["ä"], ["three"]]
-        and len(file.read_bytes().splitlines()) == 2
-    )
+    assert Replay(file).generate([user("a"), user("c")]) == [["ä"], ["three"]]
+    assert len(file.read_bytes().splitlines()) == 2
 
 
 def test_later_recordings_win_and_damage_is_located(tmp_path):
@@ -497,68 +550,83 @@ def test_later_recordings_win_and_damage_is_located(tmp_path):
 # ---------------------------------------------------------------- an endpoint that misbehaves
 
 
-def completion(text, **usage):
-    return json.dumps(
-        dict(
-            id="x",
-            object="chat.completion",
-            choices=[dict(index=0, message=dict(role="assistant", content=text), finish_reason="stop")],
-            usage=dict(prompt_tokens=10, completion_tokens=4, **usage),
-        )
-    )
+def completion(text):
+    "A chat completion of 10 and 4 tokens."
+    choice = dict(index=0, message=dict(role="assistant", content=text), finish_reason="stop")
+    usage = dict(prompt_tokens=10, completion_tokens=4)
+    return json.dumps(dict(id="x", object="chat.completion", choices=[choice], usage=usage))
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    "Answers as the script of its `Server` says."
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        what = self.server.owner.begin((body, self.path, self.headers.get("authorization")))
+        try:
+            self.reply(what(body))
+        finally:
+            self.server.owner.end()
+
+    def reply(self, what):
+        if isinstance(what, float):
+            time.sleep(what)
+            what = "cut"
+        if what == "cut":
+            self.connection.shutdown(socket.SHUT_RDWR)
+        elif what == "half":
+            self.send(200, completion("long " * 50), most=60)
+            self.connection.shutdown(socket.SHUT_RDWR)
+        elif isinstance(what, tuple):
+            self.send(*what)
+        else:
+            self.send(200, completion(what))
+
+    def send(self, status, text, headers=None, most=None):
+        content = text.encode()
+        said = {"content-type": "application/json", "content-length": str(len(content))}
+        self.send_response(status)
+        for name, value in (said | (headers or {})).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content[:most])
+        self.wfile.flush()
+
+    def log_message(self, *_):
+        pass
 
 
 class Server:
-    """`script(number, asked)` says what request `number` (0, 1, ...) gets: a text, None for an empty one, (status, body[, headers]), 'cut', 'half' or a number of seconds to hang."""
+    """A server on this machine that does what it is told.
+
+    `script(number, asked)` says what request `number` (0, 1, ...) gets: a text, None for an empty one,
+    (status, body[, headers]), 'cut', 'half' or a number of seconds to hang.
+    """
 
     def __init__(self, script):
-        self.asked, self.most, self.now, lock, outer = [], 0, 0, threading.Lock(), self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                with lock:
-                    number = len(outer.asked)
-                    outer.asked.append((body, self.path, self.headers.get("authorization")))
-                    outer.now += 1
-                    outer.most = max(outer.most, outer.now)
-                try:
-                    self.reply(script(number, body))
-                finally:
-                    with lock:
-                        outer.now -= 1
-
-            def reply(self, what):
-                if isinstance(what, float):
-                    time.sleep(what)
-                    what = "cut"
-                if what == "cut":
-                    self.connection.shutdown(socket.SHUT_RDWR)
-                    return
-                status, text, headers = (
-                    (*what, {})[:3]
-                    if isinstance(what, tuple)
-                    else (200, completion(what if what != "half" else "long " * 50), {})
-                )
-                self.send_response(status)
-                for k, v in (
-                    dict([("content-type", "application/json"), ("content-length", str(len(text.encode())))])
-                    | headers
-                ).items():
-                    self.send_header(k, v)
-                self.end_headers()
-                self.wfile.write(text.encode()[: 60 if what == "half" else None])
-                self.wfile.flush()
-                if what == "half":
-                    self.connection.shutdown(socket.SHUT_RDWR)
-
-            def log_message(self, *_):
-                pass
-
+        self.script = script
+        self.asked = []  # (body, path, authorization) of every request
+        self.now = self.most = 0  # requests under way, and the most at a time
+        self.lock = threading.Lock()
         self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.owner = self
         self.http.handle_error = lambda *_: None
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
-        threading.Thread(target=lambda: self.http.serve_forever(poll_interval=0.01), daemon=True).start()
+        serve = partial(self.http.serve_forever, poll_interval=0.01)
+        threading.Thread(target=serve, daemon=True).start()
+
+    def begin(self, request):
+        "Notes a request; returns what says how it is answered."
+        with self.lock:
+            number = len(self.asked)
+            self.asked.append(request)
+            self.now += 1
+            self.most = max(self.most, self.now)
+        return partial(self.script, number)
+
+    def end(self):
+        with self.lock:
+            self.now -= 1
 
     def close(self):
         self.http.shutdown()
@@ -575,16 +643,14 @@ def serving(script):
 
 
 def endpoint(server, **options):
-    return Endpoint(
-        "m", server.url, **(dict(concurrency=1, max_retries=3, timeout=5, backoff=0.01) | options)
-    )
+    quick = dict(concurrency=1, max_retries=3, timeout=5, backoff=0.01)
+    return Endpoint("m", server.url, **(quick | options))
 
 
 def test_a_request_says_all_that_was_asked_for():
     with serving(lambda i, asked: "hello") as server:
-        assert endpoint(server).generate(
-            [user("red")], n=2, max_new_tokens=9, temperature=0.5, top_p=0.7, seed=3
-        ) == [["hello", "hello"]]
+        settings = dict(n=2, max_new_tokens=9, temperature=0.5, top_p=0.7, seed=3)
+        assert endpoint(server).generate([user("red")], **settings) == [["hello", "hello"]]
     (first, path, key), (second, *_) = server.asked
     assert path == "/v1/chat/completions" and key == f"Bearer {os.environ.get('OPENAI_API_KEY') or 'none'}"
     assert {k: v for k, v in first.items() if k != "seed"} == dict(
@@ -620,27 +686,29 @@ def test_a_passing_failure_is_retried(fault):
 
 def test_silence_is_cut_short_and_retried():
     with serving(lambda i, asked: 1.5 if i == 0 else "late") as server:
-        lm, began = endpoint(server, timeout=0.3), time.monotonic()
+        lm = endpoint(server, timeout=0.3)
+        began = time.monotonic()
         assert lm.generate([user("red")]) == [["late"]] and time.monotonic() - began < 1.4
     assert lm.usage["retries"] == 1
 
 
 @pytest.mark.parametrize("fault", [(500, "{}"), "cut", (200, "{"), (429, "{}")], ids=str)
 def test_a_lasting_failure_costs_one_answer_and_is_never_cached(fault, tmp_path):
-    broken = lambda i, asked: fault if "bad" in asked["messages"][0]["content"] and not healed else "fine"
-    healed = False
+    healed = threading.Event()
+
+    def broken(i, asked):
+        bad = "bad" in asked["messages"][0]["content"]
+        return fault if bad and not healed.is_set() else "fine"
+
+    asked = [user("good"), user("bad"), user("good too")]
     with serving(broken) as server:
         lm = endpoint(server, max_retries=1, cache_dir=tmp_path)
-        assert lm.generate([user("good"), user("bad"), user("good too")]) == [["fine"], [None], ["fine"]]
-        assert (lm.usage["requests"], lm.usage["retries"], lm.usage["failures"], lm.usage["cached"]) == (
-            4,
-            1,
-            1,
-            0,
-        )
+        assert lm.generate(asked) == [["fine"], [None], ["fine"]]
+        assert (lm.usage["requests"], lm.usage["retries"]) == (4, 1)
+        assert (lm.usage["failures"], lm.usage["cached"]) == (1, 0)
         assert len(list(tmp_path.rglob("*.json"))) == 2
-        healed = True
-        assert lm.generate([user("good"), user("bad"), user("good too")]) == [["fine"], ["fine"], ["fine"]]
+        healed.set()
+        assert lm.generate(asked) == [["fine"], ["fine"], ["fine"]]
         assert (lm.usage["requests"], lm.usage["cached"]) == (5, 2)
 
 
@@ -648,11 +716,8 @@ def test_a_lasting_failure_costs_one_answer_and_is_never_cached(fault, tmp_path)
 def test_an_empty_reply_is_a_failure_and_is_never_cached(empty, tmp_path):
     with serving(lambda i, asked: empty if i == 0 else "now") as server:
         lm = endpoint(server, cache_dir=tmp_path)
-        assert (
-            lm.generate([user("red")]) == [[None]]
-            and lm.usage["failures"] == 1
-            and not list(tmp_path.rglob("*.json"))
-        )
+        assert lm.generate([user("red")]) == [[None]] and lm.usage["failures"] == 1
+        assert not list(tmp_path.rglob("*.json"))
         assert lm.generate([user("red")]) == [["now"]]
 
 
@@ -680,17 +745,33 @@ def test_a_damaged_cache_file_is_asked_for_again(tmp_path):
 
 def test_the_key_is_written_nowhere(tmp_path, monkeypatch):
     monkeypatch.setenv("SOME_KEY", "very-secret")
-    with serving(
-        lambda i, asked: "fine" if i == 0 else (401, '{"error": {"message": "wrong key very-secret"}}')
-    ) as server:
+    refusal = (401, '{"error": {"message": "wrong key very-secret"}}')
+    with serving(lambda i, asked: "fine" if i == 0 else refusal) as server:
         lm = endpoint(server, cache_dir=tmp_path, api_key_env="SOME_KEY")
         lm.generate([user("red")])
-        assert server.asked[0][2] == "Bearer very-secret" and "very-secret" not in "".join(
-            f.read_text() for f in tmp_path.rglob("*.json")
-        )
+        assert server.asked[0][2] == "Bearer very-secret"
+        assert "very-secret" not in "".join(f.read_text() for f in tmp_path.rglob("*.json"))
         with pytest.raises(UserError) as e:
             lm.generate([user("blue")])
         assert "very-secret" not in str(e.value)
+
+
+def test_credentials_in_the_address_are_used_but_written_nowhere(tmp_path):
+    with serving(lambda i, asked: "fine" if i == 0 else (404, "{}")) as server:
+        server.url = server.url.replace("//", "//me:very-secret@")
+        lm = endpoint(server, cache_dir=tmp_path)
+        lm.generate([user("red")])
+        sent = base64.b64encode(b"me:very-secret").decode()
+        assert server.asked[0][2] == f"Basic {sent}"
+        with pytest.raises(UserError) as e:
+            lm.generate([user("blue")])
+    written = [f.read_text() for f in tmp_path.rglob("*.json")]
+    for text in (*written, str(e.value), str(lm.content()), lm.base_url):
+        assert "secret" not in text and "127.0.0.1" in text
+    for address in ("http://me:very-secret@models.example/v1", "ftp://me:very-secret@host/v1"):
+        with pytest.raises(UserError) as e:
+            Endpoint("m", address, api_key_env="NO_SUCH_KEY")
+        assert "secret" not in str(e.value)
 
 
 def test_equal_requests_of_one_call_are_sent_once():
@@ -698,18 +779,16 @@ def test_equal_requests_of_one_call_are_sent_once():
         lm = endpoint(server, concurrency=4)
         one, two = lm.generate([user("red")] * 2, n=2)
         assert one == two and len(server.asked) == 2
-        assert (
-            lm.generate([user("red")], n=5, temperature=0)[0] == ["answer 2"] * 5 and len(server.asked) == 3
-        )
+        assert lm.generate([user("red")], n=5, temperature=0)[0] == ["answer 2"] * 5
+        assert len(server.asked) == 3
 
 
 def test_tokens_and_money_are_counted():
     with serving(lambda i, asked: "fine") as server:
         lm = endpoint(server, price_per_million=(100.0, 1000.0))
         lm.generate(PROMPTS)
-    assert (lm.usage["prompt_tokens"], lm.usage["completion_tokens"]) == (50, 20) and lm.usage[
-        "cost"
-    ] == pytest.approx(0.025)
+    assert (lm.usage["prompt_tokens"], lm.usage["completion_tokens"]) == (50, 20)
+    assert lm.usage["cost"] == pytest.approx(0.025)
 
 
 def test_requests_run_side_by_side_but_not_more_than_allowed():
@@ -741,20 +820,21 @@ def test_what_waiting_cannot_mend_is_one_sentence(status, hint):
 
 
 def test_a_used_up_quota_is_not_waited_for():
-    with serving(
-        lambda i, asked: (429, '{"error": {"message": "no quota", "code": "insufficient_quota"}}')
-    ) as server:
+    refusal = (429, '{"error": {"message": "no quota", "code": "insufficient_quota"}}')
+    with serving(lambda i, asked: refusal) as server:
         with pytest.raises(UserError, match="quota"):
             endpoint(server).generate(PROMPTS)
         assert len(server.asked) <= 2
 
 
 def test_a_refused_prompt_costs_only_itself():
-    with serving(
-        lambda i, asked: (400, "{}") if asked["messages"][0]["content"] == "too long" else "fine"
-    ) as server:
+    def picky(i, asked):
+        return (400, "{}") if asked["messages"][0]["content"] == "too long" else "fine"
+
+    with serving(picky) as server:
         lm = endpoint(server)
-        assert lm.generate([user("too long"), user("red")]) == [[None], ["fine"]] and lm.usage["retries"] == 0
+        assert lm.generate([user("too long"), user("red")]) == [[None], ["fine"]]
+        assert lm.usage["retries"] == 0
 
 
 def test_if_everything_is_refused_it_ends_early():
@@ -786,7 +866,8 @@ def test_a_server_that_dies_keeps_the_answers_so_far():
         return "cut"
 
     try:
-        lm, began = endpoint(server, max_retries=3, backoff=0.2), time.monotonic()
+        lm = endpoint(server, max_retries=3, backoff=0.2)
+        began = time.monotonic()
         answers = lm.generate([user(f"q{i}") for i in range(60)])
     finally:
         server.http.shutdown()
@@ -802,10 +883,8 @@ def test_no_key_no_request(monkeypatch):
     with pytest.raises(UserError, match="characters that no key has"):
         Endpoint("m", "https://models.example/v1", api_key_env="SOME_KEY")
     monkeypatch.setenv("SOME_KEY", "k")
-    assert (
-        Endpoint("m", "https://models.example/v1/", api_key_env="SOME_KEY").base_url
-        == "https://models.example/v1"
-    )
+    lm = Endpoint("m", "https://models.example/v1/", api_key_env="SOME_KEY")
+    assert lm.base_url == "https://models.example/v1"
 
 
 def test_a_proxy_is_not_asked_for_this_machine(monkeypatch):
@@ -822,12 +901,8 @@ def test_impossible_endpoint_settings(options):
 
 
 def test_waiting_grows_is_seeded_and_believes_the_server():
-    waits = [retry_delay(a, "x", backoff=1.0) for a in range(10)]
-    assert (
-        waits
-        == [retry_delay(a, "x", backoff=1.0) for a in range(10)]
-        != [retry_delay(a, "y", backoff=1.0) for a in range(10)]
-    )
+    waits, again, others = ([retry_delay(a, key, backoff=1.0) for a in range(10)] for key in "xxy")
+    assert waits == again != others
     assert all(min(60, 2**a) / 2 <= w <= min(60, 2**a) for a, w in enumerate(waits))
 
     class Asked(Exception):
@@ -843,11 +918,8 @@ def test_waiting_grows_is_seeded_and_believes_the_server():
 def test_one_string_chooses_the_back_end(model, tokenizer):
     assert isinstance(open_language_model("local", model, tokenizer, batch_size=3), LocalModel)
     lm = open_language_model("http://localhost:8000/v1#owner/model", concurrency=2)
-    assert isinstance(lm, Endpoint) and (lm.model, lm.base_url, lm.concurrency) == (
-        "owner/model",
-        "http://localhost:8000/v1",
-        2,
-    )
+    assert isinstance(lm, Endpoint) and (lm.model, lm.concurrency) == ("owner/model", 2)
+    assert lm.base_url == "http://localhost:8000/v1"
     for spec, message in [
         ("local", "needs a model in memory"),
         ("http://localhost:8000/v1", "names no model"),
@@ -874,68 +946,54 @@ def test_paths_are_found_from_the_project_root_and_from_here(tmp_path, monkeypat
 # ---------------------------------------------------------------- a real server
 
 
+@contextlib.contextmanager
+def transformers_serving(folder, log_file):
+    "The address of the server that the transformers library brings along, on this machine."
+    port = free_port()
+    main = "from transformers.cli.transformers import main; main()"
+    options = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    environment = dict(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    without_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with open(log_file, "wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", main, "serve", str(folder), *options],
+            stdout=log,
+            stderr=log,
+            env=os.environ | environment,
+        )
+        try:
+            for _ in range(1200):
+                assert process.poll() is None, log_file.read_text()[-2000:]
+                with contextlib.suppress(OSError):
+                    without_proxy.open(f"http://127.0.0.1:{port}/health", timeout=1)
+                    break
+                time.sleep(0.1)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
 def test_a_real_openai_compatible_server(model, tokenizer, tmp_path):
     for package in ("fastapi", "uvicorn", "pydantic"):
         pytest.importorskip(package, reason="the server of transformers needs its 'serving' extra")
-    folder, port = tmp_path / "tiny", free_port()
+    folder = tmp_path / "tiny"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    command = [
-        sys.executable,
-        "-c",
-        "from transformers.cli.transformers import main; main()",
-        "serve",
-        str(folder),
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--device",
-        "cpu",
-    ]
-    log = open(tmp_path / "log", "wb")
-    process = subprocess.Popen(
-        command,
-        stdout=log,
-        stderr=log,
-        env=os.environ | dict(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""),
-    )
-    try:
-        for _ in range(1200):
-            assert process.poll() is None, (tmp_path / "log").read_text()[-2000:]
-            with contextlib.suppress(OSError):
-                urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
-                    f"http://127.0.0.1:{port}/health", timeout=1
-                )
-                break
-            time.sleep(0.1)
-        lm = open_language_model(
-            f"http://127.0.0.1:{port}/v1#{folder}",
-            concurrency=2,
-            max_retries=1,
-            timeout=20,
-            cache_dir=tmp_path / "cache",
-        )
-        local = LocalModel(model, tokenizer).generate(PROMPTS, temperature=0, max_new_tokens=6)
+    local = LocalModel(model, tokenizer).generate(PROMPTS, temperature=0, max_new_tokens=6)
+    with transformers_serving(folder, tmp_path / "log") as address:
+        options = dict(concurrency=2, max_retries=1, timeout=20, cache_dir=tmp_path / "cache")
+        lm = open_language_model(f"{address}#{folder}", **options)
         assert lm.generate(PROMPTS, temperature=0, max_new_tokens=6) == local
         assert lm.generate(PROMPTS, temperature=0, max_new_tokens=6) == local
-        usage = lm.usage
-        assert usage["requests"] == usage["cached"] == len(PROMPTS) and usage["prompt_tokens"] == sum(
-            len(prompt_ids(tokenizer, c)) for c in PROMPTS
-        )
-        assert (
-            len(lm.generate(PROMPTS[:2], n=2, max_new_tokens=6)[0]) == 2
-            and len(ask_label(lm, PROMPTS[:2], ("cat", "dog"))) == 2
-        )
+        assert lm.usage["requests"] == lm.usage["cached"] == len(PROMPTS)
+        assert lm.usage["prompt_tokens"] == sum(len(prompt_ids(tokenizer, c)) for c in PROMPTS)
+        assert len(lm.generate(PROMPTS[:2], n=2, max_new_tokens=6)[0]) == 2
+        assert len(ask_label(lm, PROMPTS[:2], ("cat", "dog"))) == 2
+        unknown = open_language_model(f"{address}#other-model", max_retries=0)
         with pytest.raises(UserError, match="status 40"):
-            open_language_model(f"http://127.0.0.1:{port}/v1#other-model", max_retries=0).generate(
-                PROMPTS[:1]
-            )
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        log.close()
+            unknown.generate(PROMPTS[:1])

@@ -1,4 +1,4 @@
-"""The runner, on a project of four small notebooks made on the spot: order, skipping, selection, refusals, faults, kills."""
+"""The runner, on a project of four small notebooks: order, skipping, selection, refusals, faults, kills."""
 
 import json
 import os
@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+
+from fac_synthesis.run import pipeline
 from fac_synthesis.run.parameters import UserError
 from fac_synthesis.run.stages import stage_record
-
-from fac_synthesis import pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,31 +29,37 @@ endef
 HEAD = "profile: str = 'mini'  # scale\nseed: int = 0  # seed\n"
 NOTEBOOKS = {
     "00_numbers": [
-        HEAD + "n: int = 4  # how many\nnote: str = ''  # changes no result\n",
+        HEAD + "n: int = 4  # how many\nremark: str = ''  # changes no result\n",
         """
-run.cached('numbers', lambda work: list(range(run.n)))
+def numbers(n):
+    return list(range(n))
+run.cached('numbers', numbers, run.n)
 run.finish()""",
     ],
     "10_squares": [
         HEAD + "power: float = 2.0  # exponent\n",
         """
 import os, time
-numbers = run.input('00_numbers', 'numbers')
-def compute(work):
+def powers(numbers, power, work):
     part = work / 'half.txt'
-    resumed = part.exists()
     part.write_text(str(os.getpid()))
-    for _ in progress(range(int(os.environ.get('TINY_STEPS', 0))), 'waiting', every=0.2): time.sleep(0.1)
-    return [n ** run.power for n in numbers]
-squares = run.cached('squares', compute)
+    for _ in progress(range(int(os.environ.get('TINY_STEPS', 0))), 'waiting', every=0.2):
+        time.sleep(0.1)
+    return [n ** power for n in numbers]
+squares = run.cached('squares', powers, run.input('00_numbers', 'numbers'), run.power)
 run.finish()""",
     ],
     "20_total": [
-        HEAD + "explode: bool = False  # fail on purpose\nbug: bool = False  # fail without a sentence\n",
+        HEAD + "explode: bool = False  # fail on purpose\nbug: bool = False  # fail without a sentence\n"
+        "nothing: bool = False  # have nothing to do\n",
         """
 import pandas as pd
-if run.explode: raise UserError('the fuse is lit; put it out')
-if run.bug: 1 / 0
+if run.explode:
+    raise UserError('the fuse is lit; put it out')
+if run.bug:
+    1 / 0
+if run.nothing:
+    left_out(run, 'there are no squares')
 total = sum(run.input('10_squares', 'squares'))
 run.table(pd.DataFrame([dict(total=total)]), 'table01_total', 'A total.')
 run.finish({'total': total})""",
@@ -61,7 +67,7 @@ run.finish({'total': total})""",
     "21_count": [
         HEAD,
         """
-run.cached('count', lambda work: len(run.input('00_numbers', 'numbers')))
+run.keep('count', len(run.input('00_numbers', 'numbers')))
 run.finish()""",
     ],
 }
@@ -69,7 +75,9 @@ run.finish()""",
 
 def write_notebook(folder, stage, parameters, code):
     start = (
-        f"from fac_synthesis.experiment import UserError, progress, start\nrun = start('{stage}', globals())"
+        "from fac_synthesis.run.parameters import UserError\n"
+        "from fac_synthesis.run.stages import left_out, progress, start\n"
+        f"run = start('{stage}', globals())"
     )
     cells = [
         dict(
@@ -145,7 +153,7 @@ def environment(**more):
 
 def command(folder, *arguments, **more):
     return subprocess.run(
-        [sys.executable, "-m", "fac_synthesis.pipeline", *arguments],
+        [sys.executable, "-m", "fac_synthesis.run.pipeline", *arguments],
         cwd=folder,
         env=environment(**more),
         capture_output=True,
@@ -208,7 +216,7 @@ def test_only_with_a_value_runs_what_depends_on_it(project, capsys):
 
 
 def test_unchanged_content_makes_nothing_stale(project, capsys):
-    assert pipeline.main(["run", "--only", "numbers", "--params=-p note hello"]) == 0
+    assert pipeline.main(["run", "--only", "numbers", "--params=-p remark hello"]) == 0
     said = verdicts(capsys.readouterr().out)
     assert (
         said.pop("00_numbers").startswith("done") and set(said.values()) == {"unchanged"} and len(said) == 3
@@ -226,7 +234,7 @@ def test_plan_tells_the_cost_of_the_last_time(project, capsys):
     stages = json.loads((project / "results/mini/manifest.json").read_text())["stages"]
     assert pipeline.main(["plan", "--only", "10", "--params", "-p power 3.0"]) == 0
     assert (
-        f"2 stages took {stages['10_squares']['seconds'] + stages['20_total']['seconds']:.0f} s in all"
+        f"2 stages took {stages['10_squares']['seconds'] + stages['20_total']['seconds']:.0f} s when they"
         in capsys.readouterr().out
     )
     assert pipeline.main(["plan"]) == 0 and "nothing to run" in capsys.readouterr().out
@@ -253,7 +261,13 @@ def test_plan_names_the_data_that_are_not_there(monkeypatch, tmp_path, capsys):
 
 def test_a_reader_may_close_the_pipe(project):
     done = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", f"{sys.executable} -m fac_synthesis.pipeline status | head -c 1"],
+        [
+            "bash",
+            "-o",
+            "pipefail",
+            "-c",
+            f"{sys.executable} -m fac_synthesis.run.pipeline status | head -c 1",
+        ],
         capture_output=True,
         text=True,
     )
@@ -336,6 +350,23 @@ def test_a_failed_stage_never_looks_done(project, capsys):
     )
 
 
+def test_a_stage_with_nothing_to_do_is_done(project, capsys):
+    assert pipeline.main(["run", "--only", "20", "--params", "-p nothing true"]) == 0
+    assert verdicts(capsys.readouterr().out)["20_total"] == "left out: there are no squares"
+    assert statuses(capsys, "--params", "-p nothing true")["20_total"] == "done"
+
+
+def test_a_notebook_edited_while_it_runs_is_said(project, capsys):
+    "The kernel rewrites its own file, as an editor would; the run says so, and the next one takes the new code."
+    own = NOTEBOOKS["21_count"][1]
+    touch = "p = 'nbs/21_count.ipynb'\nimport os\np = p if os.path.exists(p) else '../' + p\n"
+    edit = touch + "text = open(p).read().replace('early', 'late')\nopen(p, 'w').write(text)\nx = 'early'\n"
+    write_notebook(project / "nbs", "21_count", NOTEBOOKS["21_count"][0], edit + own)
+    assert pipeline.main(["run", "--only", "21"]) == 0
+    assert "was edited while it ran (21_count.ipynb): run again" in capsys.readouterr().out
+    assert statuses(capsys)["21_count"] == "stale (code changed)"
+
+
 def test_a_failure_ends_the_run(half, capsys):
     write_notebook(
         half / "nbs",
@@ -377,7 +408,7 @@ def test_one_run_at_a_time(project, capsys):
 def begin(folder):
     "A run in a process of its own, in the middle of stage 10; and the pid of that stage's kernel."
     process = subprocess.Popen(
-        [sys.executable, "-m", "fac_synthesis.pipeline", "run"],
+        [sys.executable, "-m", "fac_synthesis.run.pipeline", "run"],
         cwd=folder,
         env=environment(TINY_STEPS="600"),
         stdout=subprocess.PIPE,

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
 from fac_synthesis.run.parameters import UserError
+from fac_synthesis.sae import core as module
 from fac_synthesis.sae.core import (
     SAE,
     ChosenPreactivations,
@@ -25,8 +28,6 @@ from fac_synthesis.sae.core import (
     to_threshold,
     top_k,
 )
-
-from fac_synthesis import sae as module
 
 torch.set_num_threads(1)
 
@@ -64,7 +65,8 @@ KINDS = {
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dead", [None, [], [1, 5, 6, 7, 40]])
 def test_gradients_equal_dense_autograd(kind, tied, dead):
-    sae, x = make(tied, dtype=torch.float64, **KINDS[kind]), torch.randn(70, 12, dtype=torch.float64)
+    sae = make(tied, dtype=torch.float64, **KINDS[kind])
+    x = torch.randn(70, 12, dtype=torch.float64)
     if kind == "threshold":
         sae.threshold_H.uniform_(-1, 3)
     dead = None if dead is None else torch.tensor(dead, dtype=torch.long)
@@ -83,27 +85,25 @@ def test_gradients_equal_dense_autograd(kind, tied, dead):
 def test_dense_and_sparse_products_agree(monkeypatch, share):
     monkeypatch.setitem(module.DENSE_SHARE, "cpu", share)
     monkeypatch.setitem(module.BLOCK_TOKENS, "cpu", 7)
-    sae, x = make(False, k=20, dtype=torch.float64, prefixes=(16,)), torch.randn(30, 12, dtype=torch.float64)
-    mine, reference = (
-        torch.autograd.grad(loss, list(sae.parameters()))
-        for loss in (sae_losses(sae, x).total, dense_losses(sae, x))
-    )
+    sae = make(False, k=20, dtype=torch.float64, prefixes=(16,))
+    x = torch.randn(30, 12, dtype=torch.float64)
+    mine = torch.autograd.grad(sae_losses(sae, x).total, list(sae.parameters()))
+    reference = torch.autograd.grad(dense_losses(sae, x), list(sae.parameters()))
     for a, b in zip(mine, reference, strict=True):
         assert (a - b).abs().max() < 1e-10
 
 
 def test_a_bfloat16_product_only_chooses():
-    sae, x = make(False, d=32, h=256, k=8), torch.randn(200, 32)
-    exact = sae.encode(x)
+    sae = make(False, d=32, h=256, k=8)
+    x = torch.randn(200, 32)
+    _, exact = sae.encode(x)
     sae.product_dtype = torch.bfloat16
     values, indices = sae.encode(x)
     preacts = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc
-    assert values.dtype == torch.float32 and torch.allclose(
-        values, preacts.gather(1, indices).relu(), atol=1e-5
-    )
-    same = torch.zeros_like(preacts).scatter_(1, indices, 1) * torch.zeros_like(preacts).scatter_(
-        1, exact[1], 1
-    )
+    assert values.dtype == torch.float32
+    assert torch.allclose(values, preacts.gather(1, indices).relu(), atol=1e-5)
+    nothing = torch.zeros_like(preacts)
+    same = nothing.scatter(1, indices, 1) * nothing.scatter(1, exact, 1)
     assert same.sum() > 0.97 * 8 * 200, "rounding swaps few latents"
     grads = [torch.autograd.grad(sae(x).x_BD.pow(2).sum(), sae.W_enc)[0]]
     sae.product_dtype = None
@@ -126,16 +126,20 @@ def test_gpu_kernels_under_the_interpreter():
 
 
 def test_gradient_reaches_the_input():
-    sae, x = make(dtype=torch.float64), torch.randn(9, 12, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(
-        lambda x: ChosenPreactivations.apply(x, sae.W_enc, sae.b_enc, sae.b_dec, partial(row_top_k, k=3))[0],
-        (x,),
-    )
+    sae = make(dtype=torch.float64)
+    x = torch.randn(9, 12, dtype=torch.float64, requires_grad=True)
+    choose = partial(row_top_k, k=3)
+
+    def values_of(x):
+        return ChosenPreactivations.apply(x, sae.W_enc, sae.b_enc, sae.b_dec, choose)[0]
+
+    assert torch.autograd.gradcheck(values_of, (x,))
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_encode_and_decode_reference(tied):
-    sae, x = make(tied), torch.randn(33, 12)
+    sae = make(tied)
+    x = torch.randn(33, 12)
     preacts = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc
     top = preacts.topk(4, dim=1)
     codes = torch.zeros_like(preacts).scatter(1, top.indices, top.values.relu())
@@ -162,9 +166,9 @@ def test_l0_is_at_most_k_and_below_it_when_few_are_positive():
 @pytest.mark.parametrize("levels", [1, 30])
 def test_staged_top_k_is_exact(shape, k, levels):
     torch.manual_seed(0)
-    preacts = (
-        (torch.randn(shape) * levels).round() if levels > 1 else torch.randn(shape)
-    )  # rounding makes ties
+    preacts = torch.randn(shape)
+    if levels > 1:  # rounding makes ties
+        preacts = (preacts * levels).round()
     values, indices = top_k(preacts, k)
     assert torch.equal(values.sort(1).values, preacts.topk(k, dim=1).values.sort(1).values)
     assert torch.equal(preacts.gather(1, indices), values)
@@ -173,18 +177,19 @@ def test_staged_top_k_is_exact(shape, k, levels):
 @pytest.mark.parametrize("block", [1, 7, 1000])
 def test_batch_top_k_keeps_the_largest_positive_of_the_batch(monkeypatch, block):
     monkeypatch.setitem(module.BLOCK_TOKENS, "cpu", block)
-    sae, x = make(dtype=torch.float64, activation="batchtopk"), torch.randn(40, 12, dtype=torch.float64)
-    x[3] *= 20
-    x[5] = sae.b_dec  # a rich token and a poor one
+    sae = make(dtype=torch.float64, activation="batchtopk")
+    x = torch.randn(40, 12, dtype=torch.float64)
+    x[3] *= 20  # a rich token
+    x[5] = sae.b_dec  # a poor one
     preacts = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc
     kept = torch.zeros(preacts.numel(), dtype=torch.float64)
     top = preacts.flatten().topk(4 * 40)
     kept[top.indices] = top.values.relu()
+    kept = kept.view_as(preacts)
     values, indices = sae.encode(x)
-    assert torch.allclose(
-        torch.zeros_like(preacts).scatter_add(1, indices, values), kept.view_as(preacts), atol=1e-12
-    )
-    assert values.shape[1] == (kept.view_as(preacts) > 0).sum(1).max()
+    codes = torch.zeros_like(preacts).scatter_add(1, indices, values)
+    assert torch.allclose(codes, kept, atol=1e-12)
+    assert values.shape[1] == (kept > 0).sum(1).max()
 
 
 def test_batch_top_k_of_few_positives_and_of_none():
@@ -196,20 +201,17 @@ def test_batch_top_k_of_few_positives_and_of_none():
 
 def test_threshold_inference_equals_the_naive_formula_and_scales_with_the_units(tmp_path):
     torch.manual_seed(1)
-    sae, x = (
-        to_threshold(make(False, activation="batchtopk"), torch.rand(48) * 3 - 0.5),
-        torch.randn(33, 12) * 2,
-    )
+    batch = make(False, activation="batchtopk")
+    sae = to_threshold(batch, torch.rand(48) * 3 - 0.5)
+    x = torch.randn(33, 12) * 2
     preacts = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc
     naive = torch.where(preacts > sae.threshold_H, preacts, 0).relu()
     values, indices = sae.encode(x)
     assert torch.allclose(torch.zeros_like(preacts).scatter_add(1, indices, values), naive, atol=1e-5)
-    assert values.shape[1] == (naive > 0).sum(1).max() and torch.allclose(
-        sae(x).x_BD, naive @ sae.W_dec + sae.b_dec, atol=1e-4
-    )
-    assert (sae.encode(x[:1])[0] > 0).sum() == (naive[0] > 0).sum(), (
-        "a token's code does not depend on its neighbours"
-    )
+    assert values.shape[1] == (naive > 0).sum(1).max()
+    assert torch.allclose(sae(x).x_BD, naive @ sae.W_dec + sae.b_dec, atol=1e-4)
+    alone = sae.encode(x[:1])[0]
+    assert (alone > 0).sum() == (naive[0] > 0).sum(), "a token's code does not depend on its neighbours"
     sae.save(tmp_path)
     again = SAE.load(tmp_path)
     assert torch.equal(again.threshold_H, sae.threshold_H) and again.config == sae.config
@@ -218,14 +220,16 @@ def test_threshold_inference_equals_the_naive_formula_and_scales_with_the_units(
 
 
 def test_threshold_above_everything_keeps_nothing():
-    sae, x = to_threshold(make(), 1e9), torch.randn(5, 12)
+    sae = to_threshold(make(), 1e9)
+    x = torch.randn(5, 12)
     values, indices = sae.encode(x)
     assert values.shape == (5, 1) and not values.any() and torch.equal(sae(x).x_BD, sae.b_dec.expand(5, 12))
 
 
 def test_prefixes_order_the_dictionary():
     torch.manual_seed(0)
-    sae, generator = SAE(SAEConfig(32, 256, 8, tied=False, prefixes=(32,))), torch.Generator().manual_seed(0)
+    sae = SAE(SAEConfig(32, 256, 8, tied=False, prefixes=(32,)))
+    generator = torch.Generator().manual_seed(0)
     plain = SAE(SAEConfig(32, 256, 8, tied=False))
     plain.load_state_dict(sae.state_dict())
     for model in (sae, plain):
@@ -240,9 +244,8 @@ def test_prefixes_order_the_dictionary():
 
     def fvu_of_the_first_32(model):
         out = model(x)
-        return reconstruction_losses(x, model.decode(out.values_BK * (out.indices_BK < 32), out.indices_BK))[
-            1
-        ].item()
+        first = model.decode(out.values_BK * (out.indices_BK < 32), out.indices_BK)
+        return reconstruction_losses(x, first)[1].item()
 
     assert fvu_of_the_first_32(sae) < 0.9 * fvu_of_the_first_32(plain)
 
@@ -257,7 +260,8 @@ def test_a_folder_written_before_the_variants_still_loads(tmp_path):
 
 
 def test_rescale_changes_units_exactly():
-    sae, x = make(tied=False), torch.randn(20, 12)
+    sae = make(tied=False)
+    x = torch.randn(20, 12)
     before = sae(x)
     sae.rescale_(4.0)  # a power of two: no rounding
     after = sae(4 * x)
@@ -265,7 +269,8 @@ def test_rescale_changes_units_exactly():
 
 
 def test_decoder_constraint_of_the_untied_sae():
-    sae, x = make(tied=False), torch.randn(50, 12)
+    sae = make(tied=False)
+    x = torch.randn(50, 12)
     sae_losses(sae, x).total.backward()
     sae.project_gradient_()
     assert (sae.W_dec.grad * sae.W_dec).sum(1).abs().max() < 1e-6
@@ -281,14 +286,16 @@ def test_decoder_constraint_of_the_untied_sae():
 
 
 def test_losses_by_hand():
-    x, guess = torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([[3.0, 3.0], [0.0, 0.0]])
+    x = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
+    guess = torch.tensor([[3.0, 3.0], [0.0, 0.0]])
     normalised_l2, fvu = reconstruction_losses(x, guess)
     assert normalised_l2 == pytest.approx((1 / 25 + 1) / 2) and fvu == pytest.approx(2 / 10)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_auxk_reaches_dead_encoder_rows_only_through_the_dead(tied):
-    sae, x = make(tied), torch.randn(200, 12)
+    sae = make(tied)
+    x = torch.randn(200, 12)
     with torch.no_grad():
         sae.b_enc[:6] = -1.5
     dead = torch.arange(6)
@@ -298,37 +305,32 @@ def test_auxk_reaches_dead_encoder_rows_only_through_the_dead(tied):
 
 
 def test_auxk_lowers_the_dead_share_in_200_steps():
-    share = {}
-    for aux_coef in (0.0, 1 / 32):
+    def dead_share(aux_coef):
         torch.manual_seed(0)
-        sae, generator, idle = (
-            SAE(SAEConfig(32, 256, 8, tied=False)),
-            torch.Generator().manual_seed(0),
-            torch.zeros(256, dtype=torch.long),
-        )
+        sae = SAE(SAEConfig(32, 256, 8, tied=False))
+        generator = torch.Generator().manual_seed(0)
+        idle = torch.zeros(256, dtype=torch.long)
         with torch.no_grad():
             sae.b_enc[128:] = -5.0
         adam = torch.optim.Adam(sae.parameters(), lr=3e-3, fused=True)
         for _ in range(200):
-            losses = sae_losses(
-                sae,
-                planted(512, generator),
-                dead_M=(idle >= 2560).nonzero().flatten(),
-                k_aux=32,
-                aux_coef=aux_coef,
-            )
+            dead = (idle >= 2560).nonzero().flatten()
+            losses = sae_losses(sae, planted(512, generator), dead_M=dead, k_aux=32, aux_coef=aux_coef)
             adam.zero_grad()
             losses.total.backward()
             sae.project_gradient_()
             adam.step()
             sae.normalise_()
             count_idle_(idle, losses.out)
-        share[aux_coef] = (idle >= 2560).float().mean().item()
-    assert share[1 / 32] < 0.5 * share[0.0], share
+        return (idle >= 2560).float().mean().item()
+
+    with_auxk, without = dead_share(1 / 32), dead_share(0.0)
+    assert with_auxk < 0.5 * without, (with_auxk, without)
 
 
 def test_dead_latents_are_counted_in_tokens():
-    sae, idle = make(), torch.zeros(48, dtype=torch.long)
+    sae = make()
+    idle = torch.zeros(48, dtype=torch.long)
     out = sae(torch.randn(10, 12))
     count_idle_(idle, out)
     count_idle_(idle, out)
@@ -348,22 +350,26 @@ def test_save_and_load(tmp_path, tied):
 
 
 def edit(folder, **changes):
-    config = json.loads((folder / "config.json").read_text())
-    config.update(changes)
-    (folder / "config.json").write_text(
-        json.dumps({name: value for name, value in config.items() if value is not None})
-    )
+    "Changes fields of a saved configuration; None removes one."
+    file = folder / "config.json"
+    config = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
 
 
 def retensor(folder, change):
-    from safetensors.torch import load_file, save_file
-
+    "Changes saved tensors."
     tensors = load_file(folder / "sae.safetensors")
     change(tensors)
     save_file(tensors, folder / "sae.safetensors")
 
 
-BAD = {
+def truncate(folder):
+    "Cuts the last bytes of the saved tensors."
+    file = folder / "sae.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+
+
+BAD = {  # what the sentence says -> what was done to the folder
     "there is no SAE in": lambda f: (f / "config.json").unlink(),
     "is not valid JSON": lambda f: (f / "config.json").write_text("{"),
     "its field 'format' should read": lambda f: edit(f, format="other"),
@@ -378,9 +384,7 @@ BAD = {
     "field 'prefixes' of": lambda f: edit(f, prefixes=8),
     "a width of at least 1": lambda f: edit(f, d_model=0),
     "has no sae.safetensors": lambda f: (f / "sae.safetensors").unlink(),
-    "is damaged or truncated": lambda f: (f / "sae.safetensors").write_bytes(
-        (f / "sae.safetensors").read_bytes()[:-8]
-    ),
+    "is damaged or truncated": truncate,
     "holds the tensors": lambda f: retensor(f, lambda t: t.pop("b_dec")),
     "its config.json asks for": lambda f: edit(f, tied=False),
     "has shape (48, 12)": lambda f: edit(f, d_model=13),

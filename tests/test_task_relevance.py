@@ -5,28 +5,34 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import sparse, stats
+
 from fac_synthesis.data.sources import open_task
 from fac_synthesis.features.activations import FeatureActivations
 from fac_synthesis.features.relevance import (
+    Grades,
     best_enrichment,
     enrichment,
     llm_relevance,
+    n_enriched,
     relevant_latents,
     statistical_relevance,
 )
 from fac_synthesis.models.prompts import LABELS
-from scipy import sparse, stats
 
 P, N = 60, 140
 LABEL = np.repeat([1, 0], [P, N])
 
 
+def written_out(dense) -> FeatureActivations:
+    g = sparse.csr_matrix(np.asarray(dense, dtype=np.float32))
+    return FeatureActivations(g, g)
+
+
 def firing(pairs) -> FeatureActivations:
     "Latent i fires (with value 1) in the first a positive and the first b negative texts."
-    dense = np.stack([np.concatenate([np.arange(P) < a, np.arange(N) < b]) for a, b in pairs], 1).astype(
-        np.float32
-    )
-    return FeatureActivations(sparse.csr_matrix(dense), sparse.csr_matrix(dense))
+    columns = [np.concatenate([np.arange(P) < a, np.arange(N) < b]) for a, b in pairs]
+    return written_out(np.stack(columns, 1))
 
 
 PAIRS = [(30, 2), (0, 0), (20, 15), (6, 14), (0, 40), (1, 0), (60, 140)]
@@ -43,9 +49,8 @@ def test_p_odds_and_q():
     one = table[table.latent == 5].p.item()
     assert one == pytest.approx(P / (P + N)), "a single firing text is positive with the positives' share"
     ordered = table.sort_values("p")
-    by_hand = np.minimum.accumulate((ordered.p * len(table) / np.arange(1, len(table) + 1)).to_numpy()[::-1])[
-        ::-1
-    ]
+    steps = ordered.p * len(table) / np.arange(1, len(table) + 1)
+    by_hand = np.minimum.accumulate(steps.to_numpy()[::-1])[::-1]
     assert np.allclose(ordered.q, np.minimum(by_hand, 1))
 
 
@@ -61,20 +66,29 @@ def test_activity_is_a_threshold():
     assert enrichment(weak, LABEL, 0.5).latent.tolist() == [0]
 
 
-def test_the_most_telling_threshold_is_paid_for():
-    # latent 0 fires weakly everywhere and strongly in positives; latent 1 never reaches the higher thresholds
-    strength = np.where(LABEL == 1, 0.9, 0.3) * np.ones(P + N)
-    dense = np.stack([strength, np.where(np.arange(P + N) % 10 < 2, 0.2, 0.0)], 1).astype(np.float32)
-    a = FeatureActivations(sparse.csr_matrix(dense), sparse.csr_matrix(dense))
-    best = best_enrichment(a, LABEL, [0.0, 0.5, 0.8]).set_index("latent")
+@pytest.fixture(scope="module")
+def graded():
+    "Latent 0 fires weakly everywhere and strongly in positives; latent 1 is never strong."
+    strength = np.where(LABEL == 1, 0.9, 0.3)
+    weak = np.where(np.arange(P + N) % 10 < 2, 0.2, 0.0)
+    return written_out(np.stack([strength, weak], 1))
+
+
+def test_the_most_telling_threshold_is_paid_for(graded):
+    best = best_enrichment(graded, LABEL, [0.0, 0.5, 0.8]).set_index("latent")
     assert best.activity.tolist() == [0.5, 0.0] and (best.positives[0], best.negatives[0]) == (P, 0)
-    alone = {d: enrichment(a, LABEL, d).set_index("latent").p for d in (0.0, 0.5)}
-    assert best.p[0] == pytest.approx(3 * alone[0.5][0]) and best.p[1] == pytest.approx(
-        min(1, 3 * alone[0.0][1])
-    )
-    assert best_enrichment(a, LABEL, [0.0, 99.0]).latent.tolist() == [0, 1], (
-        "a threshold that nothing reaches tells nothing"
-    )
+    alone = {d: enrichment(graded, LABEL, d).set_index("latent").p for d in (0.0, 0.5)}
+    assert best.p[0] == pytest.approx(3 * alone[0.5][0])
+    assert best.p[1] == pytest.approx(min(1, 3 * alone[0.0][1]))
+    unreached = best_enrichment(graded, LABEL, [0.0, 99.0])
+    assert unreached.latent.tolist() == [0, 1], "a threshold that nothing reaches tells nothing"
+
+
+def test_the_count_that_delta_is_chosen_by(graded):
+    counts = [n_enriched(graded, LABEL, delta) for delta in (0.0, 0.5, 99.0)]
+    assert counts == [0, 1, 0], "latent 0 tells the labels apart only where it fires strongly"
+    strict = Grades(maybe_odds=1e9)
+    assert n_enriched(graded, LABEL, 0.5, strict) == 0
 
 
 @pytest.mark.parametrize("label", [np.ones(P + N, int), np.zeros(P + N, int), np.arange(P + N) % 3])
@@ -93,19 +107,18 @@ def test_labels_rise_with_the_odds_and_need_evidence():
     assert set(relevant_latents(table)) == set(table.latent[table.relevance != "No"])
 
 
+def test_grades_move_the_labels():
+    a = firing([(30, 20)])
+    odds = enrichment(a, LABEL).odds.item()
+    assert 4 < odds < 8 and statistical_relevance(a, LABEL).relevance.tolist() == ["Probably"]
+    for grades, label in ((Grades(yes_odds=4.0), "Yes"), (Grades(false_discovery=0.0), "No")):
+        assert statistical_relevance(a, LABEL, grades=grades).relevance.tolist() == [label]
+
+
 def test_accidents_stay_rare():
     rng = np.random.default_rng(0)
-    dense = (rng.random((P + N, 600)) < 0.1).astype(np.float32)
-    assert (
-        len(
-            relevant_latents(
-                statistical_relevance(
-                    FeatureActivations(sparse.csr_matrix(dense), sparse.csr_matrix(dense)), LABEL
-                )
-            )
-        )
-        <= 3
-    )
+    relevance = statistical_relevance(written_out(rng.random((P + N, 600)) < 0.1), LABEL)
+    assert len(relevant_latents(relevance)) <= 3
 
 
 def test_the_judge_sees_rubric_explanation_and_spans(scripted):
@@ -117,23 +130,15 @@ def test_the_judge_sees_rubric_explanation_and_spans(scripted):
             verified=["Yes", "Maybe", "", "", "Probably"],
         )
     )
-    task = open_task("toxicity")
+    rubric = open_task("toxicity").rubric
     answers = {"theft": "Maybe.", "flour": "No", "masks": None, "tea": "Yes or No, who knows"}
     lm = scripted(lambda prompt, j: answers[next(k for k in answers if f"Feature: {k}" in prompt)])
-    judged = llm_relevance(features, task, lm)
-    assert judged.latent.tolist() == [3, 9, 5, 7, 8] and judged.relevance.tolist() == [
-        "Maybe",
-        "No",
-        "No",
-        "No",
-        "No",
-    ]
+    judged = llm_relevance(features, rubric, lm)
+    assert judged.latent.tolist() == [3, 9, 5, 7, 8]
+    assert judged.relevance.tolist() == ["Maybe", "No", "No", "No", "No"]
     assert len(lm.asked) == 4, "an unexplained feature is not asked about"
-    assert (
-        task.rubric in lm.asked[0] and "theft of {bikes}" in lm.asked[0] and "steal the [bike]" in lm.asked[0]
-    )
+    assert all(said in lm.asked[0] for said in (rubric, "theft of {bikes}", "steal the [bike]"))
     assert relevant_latents(judged).tolist() == [3]
-    assert llm_relevance(features.assign(verified="No"), task, lm).relevance.unique().tolist() == ["No"], (
-        "a failed check ends it"
-    )
-    assert llm_relevance(features[features.explanation == ""], task, lm).relevance.tolist() == ["No"]
+    failed = llm_relevance(features.assign(verified="No"), rubric, lm)
+    assert failed.relevance.unique().tolist() == ["No"], "a failed check ends it"
+    assert llm_relevance(features[features.explanation == ""], rubric, lm).relevance.tolist() == ["No"]

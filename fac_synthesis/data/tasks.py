@@ -31,7 +31,9 @@ from fac_synthesis.models.prompts import (
 
 # %% ../../nbs/06_tasks.ipynb #39aa3ef4
 LEAKS = re.compile(
-    r"^(sure|here is|here's|certainly)\b|\b(query-1|as an ai|language model|like this :|not like this)\b|write a message about",
+    r"^(sure|here is|here's|certainly)\b"
+    r"|\b(query-1|as an ai|language model|like this :|not like this)\b"
+    r"|write a message about",
     re.I,
 )
 
@@ -79,7 +81,7 @@ def no_item_fault(
 
 @dataclass(frozen=True)
 class Task:
-    "One downstream task: what counts as relevant, how to ask for samples, the label they get, and how they are checked."
+    "One downstream task: what is relevant, how to ask for samples, their label, and how they are checked."
 
     name: str  # as in the names of its results
     goal: str  # what a model is trained to do, as "flag ..." or "tell ..."
@@ -109,7 +111,7 @@ class Task:
 def pair_item_fault(
     item: dict,  # prompt, chosen, rejected
 ) -> str:
-    "Why a preference pair is refused: an empty part, equal answers, or lengths that differ by more than 2x + 10 words."
+    "Why a pair is refused: an empty part, equal answers, one more than twice as long plus ten words."
     chosen, rejected = (len((item.get(k) or "").split()) for k in ("chosen", "rejected"))
     if not chosen or not rejected or not (item.get("prompt") or "").strip():
         return "a part is empty"

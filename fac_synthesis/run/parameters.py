@@ -25,7 +25,7 @@ import yaml
 
 # %% ../../nbs/001_parameters.ipynb #08162abe
 class UserError(Exception):
-    "Something the user can put right; the message is one sentence: what is wrong, where, what would be right."
+    "Something the user can put right; the message says what is wrong, where, and what would be right."
 
 
 class LeftOut(Exception):
@@ -33,7 +33,7 @@ class LeftOut(Exception):
 
 
 def project_root() -> Path:
-    "The folder with settings.ini: found from the working directory upwards, else from where the package lies."
+    "The folder with settings.ini: found from the working directory upwards, else where the package lies."
     places = [Path.cwd(), *Path.cwd().parents]
     if "__file__" in globals():
         places.append(Path(__file__).resolve().parents[2])
@@ -206,7 +206,7 @@ def from_environment(value):
 def load_profile(
     name: str,  # mini, small, paper, or a file of your own in nbs/profiles
 ) -> dict[str, dict]:
-    "stage -> {parameter: value} of nbs/profiles/<name>.yaml. UserError for an unknown profile, stage or name."
+    "stage -> {parameter: value} of nbs/profiles/<name>.yaml. UserError for a name that does not exist."
     folder = project_root() / "nbs" / "profiles"
     known = sorted(p.stem for p in folder.glob("*.yaml"))
     if name not in known:
@@ -248,7 +248,7 @@ def parameter_table(
     stage: str,  # name of a notebook
     values: dict,  # {parameter: value in force}
 ) -> pd.DataFrame:
-    "The parameters that differ from the notebook's default or from the paper: value, default, paper, meaning."
+    "The parameters that differ from the notebook's default or from the paper."
     rows = [
         dict(parameter=name, value=values[name], default=d["default"], paper=d["paper"], meaning=d["meaning"])
         for name, d in declared_parameters(stage).items()

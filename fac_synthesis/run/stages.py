@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['seed_everything', 'progress', 'stage_record', 'stage_output', 'cell_text', 'markdown_table', 'peak_memory_mb',
-           'as_it_is', 'storing_code', 'function_code', 'Run', 'reads_and_writes', 'stamp', 'start', 'current_digest',
-           'changed_files', 'is_stale', 'Log', 'failure_text', 'execute_notebook', 'left_out']
+           'as_it_is', 'storing_code', 'function_code', 'Run', 'reads_and_writes', 'stamp', 'changed_modules', 'start',
+           'current_digest', 'changed_files', 'is_stale', 'Log', 'failure_text', 'execute_notebook', 'left_out']
 
 # %% ../../nbs/003_stages.ipynb #dac3bb2c
 import inspect
@@ -15,6 +15,7 @@ import os
 import random
 import resource
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -99,7 +100,7 @@ def stage_record(
     stage: str,  # name of a notebook
     profile: str,  # name of a profile
 ) -> dict | None:
-    "What a finished stage left: parameters, code, inputs, outputs with digests, metrics, cost. None if it never finished."
+    "What a finished stage left: parameters, code, inputs, outputs, metrics, cost; None if it never finished."
     file = results_dir(profile) / "stages" / f"{stage}.json"
     try:
         return json.loads(file.read_text()) if file.exists() else None
@@ -163,16 +164,20 @@ def storing_code() -> str:
 def function_code(
     function,  # what computes a result
     namespace: dict,  # the notebook's globals
+    stage: str,  # name of the notebook
 ) -> str:
     "Fingerprint of all code that the function reaches. UserError if it reaches for the notebook's run."
     if function.__module__ != "__main__":
         return str(function_digest(function))
     source = executed_source(namespace)
+    if function.__name__ not in source.owner:  # a shell without a history: its cells are those of the file
+        source = Source("notebook", notebook_sources(stage))
     found, _ = reached([function.__name__], source)
     for _, name in found:
         if isinstance(namespace.get(name), Run):
             raise UserError(
-                f"{function.__name__} uses {name!r}, which no key can hold: hand it what it needs as arguments"
+                f"{function.__name__} uses {name!r}, which no key can hold: "
+                "hand it what it needs as arguments"
             )
     if not found["notebook", function.__name__]:
         raise UserError("only a function with a name can be cached: define it with def in a cell of its own")
@@ -223,7 +228,7 @@ class Run:
 
     @property
     def shows_texts(self) -> bool:
-        "Whether texts of the run's data may stand in tables and outputs: not if they are private or under a licence."
+        "Whether texts may stand in tables and outputs: not if they are private or under a licence."
         return self.notes["texts_may_be_shown"]
 
     # ---- what earlier stages left
@@ -240,7 +245,7 @@ class Run:
         return record
 
     def has(self, stage: str, name: str) -> bool:
-        "Whether an earlier stage left this artifact; that it did not is noted, so that its coming is noticed."
+        "Whether an earlier stage left this artifact; if not, that is noted, so that its coming is noticed."
         there = name in self._record(stage)["outputs"]
         if not there:
             self.inputs[f"{stage}/{name}"] = None
@@ -275,7 +280,7 @@ class Run:
         return value
 
     def note(self, caption: str = "", texts_may_be_shown: bool = True):
-        "Something about the data that holds for everything made from them: a line for every caption, a limit."
+        "Something that holds for everything made from the data: a line for every caption, a limit."
         self.notes["captions"] += [caption] if caption else []
         self.notes["texts_may_be_shown"] &= texts_may_be_shown
 
@@ -289,16 +294,16 @@ class Run:
     def cached(self, name: str, function, *arguments, cls: type | None = None, **named):
         """`function(*arguments, **named)`, loaded if its content key exists, computed and saved if not.
 
-        The key holds the code that the function reaches, the arguments by content, the run's seed and the versions
-        of the libraries. A function with a parameter `work` gets a folder that survives a kill. `cls`: class of a
-        result that writes its own files. UserError if the function is not one that a key can hold.
+        The key holds the code that the function reaches, the arguments by content, the run's seed and the
+        versions of the libraries. A function with a parameter `work` gets a folder that survives a kill.
+        `cls`: class of a result that writes its own files. UserError if no key can hold the function.
         """
         seed = self.parameters.get("seed", 0)
         about = dict(
             stage=self.stage,
             name=name,
             function=function.__qualname__,
-            code=function_code(function, self._namespace),
+            code=function_code(function, self._namespace, self.stage),
             arguments=digest_of([arguments, named]),
             seed=seed,
             storing=storing_code(),
@@ -318,7 +323,7 @@ class Run:
         return value
 
     def keep(self, name: str, value, cls: type | None = None):
-        "Stores a value that was put together from cached ones, for later stages; returns it as it was stored."
+        "Stores a value that was put together from cached ones; returns it as it was stored."
         return self.cached(name, as_it_is, value, cls=cls)
 
     # ---- for people
@@ -352,8 +357,7 @@ class Run:
 
     def edited(self) -> list[str]:
         "What of this run's code is no longer what the files hold: modules of the package, or this notebook."
-        now = read_package()
-        changed = [module for module, text in LOADED.items() if now.get(module) != text]
+        changed = changed_modules()
         cells = [cell.strip() for cell in self._namespace.get("In", []) if cell.strip()]
         known = {text.strip() for text in self.sources}
         inside = all(cell in known or cell.startswith(("# Parameters", "profile: str")) for cell in cells)
@@ -373,6 +377,7 @@ class Run:
             stage=self.stage,
             parameters=self.parameters,
             notebook="edited while it ran" if changed else notebook_fingerprint(self.sources),
+            edited=changed,
             inputs=self.inputs,
             outputs=self.outputs,
             files=self.files,
@@ -414,19 +419,25 @@ def reads_and_writes(
 def stamp(
     path: str | Path,  # a file or a folder
 ) -> list:
-    "Size and modification time of a file, or of every file below a folder: cheap evidence that it did not change."
+    "Size and time of change of a file, or of every file below a folder: cheap evidence of no change."
     path = Path(path)
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     facts = [(p, p.stat()) for p in files if p.exists()]
     return [[str(p.relative_to(path)) if p != path else "", s.st_size, s.st_mtime_ns] for p, s in facts]
 
 
+def changed_modules() -> list[str]:
+    "Modules of the package that this process has imported and whose files say something else by now."
+    now = read_package()
+    return [name for name, text in LOADED.items() if name in sys.modules and now.get(name) != text]
+
+
 def start(
     stage: str,  # name of the running notebook
     namespace: dict,  # its globals()
 ) -> Run:
-    "Freezes the parameters of the running notebook. UserError for a wrong type, an unknown profile, old code."
-    stale = [module for module, text in read_package().items() if LOADED.get(module, text) != text]
+    "Freezes the parameters of the running notebook. UserError for a wrong type or profile, and for old code."
+    stale = changed_modules()
     if stale:
         raise UserError(
             f"{', '.join(stale)} changed after this kernel loaded it: restart the kernel and run all"
@@ -479,7 +490,7 @@ def is_stale(
     profile: str,  # name of a profile
     parameters: dict,  # {parameter: value} that it would run with
 ) -> str:
-    "Why a stage must run: never ran, parameters, code, files read, inputs or outputs; '' if its record holds."
+    "Why a stage must run: never ran, parameters, code, files read, inputs, outputs; '' if its record holds."
     record = stage_record(stage, profile)
     if record is None:
         return "never ran"
