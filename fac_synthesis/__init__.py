@@ -12,7 +12,7 @@ def _export_in_a_notebook():
     root = Path(__file__).resolve().parent.parent
     in_a_clone = (root / "settings.ini").exists() and (root / "nbs").is_dir()
     # the runner has exported already, before it started this kernel
-    if "ipykernel" in sys.modules and in_a_clone and not os.environ.get("FAC_RESOLVED"):
+    if sys.modules.get("ipykernel") and in_a_clone and not os.environ.get("FAC_RESOLVED"):
         from .run.export import export_edited
 
         export_edited()

@@ -182,10 +182,14 @@ def package(monkeypatch):
     def holds(**modules):
         texts = {f"fac_synthesis.{name.replace('__', '.')}": text for name, text in modules.items()}
         monkeypatch.setattr(artifacts, "LOADED", texts)
+        forget()
+
+    def forget():
         package_source.cache_clear()
+        artifacts.named_code.cache_clear()
 
     yield holds
-    package_source.cache_clear()
+    forget()
 
 
 def test_the_package_is_followed_by_name(package):
@@ -293,6 +297,26 @@ def test_what_has_no_content_is_refused(tmp_path):
     for value in (object(), Path("a"), iter([1]), open(tmp_path / "x", "w")):
         with pytest.raises(TypeError, match="cannot be compared by content"):
             digest_of([value])
+
+
+def test_the_code_of_an_arguments_class_counts(package):
+    "A function that gets an object calls its methods."
+    text = "class Reader:\n    def read(self):\n        return unit()\n"
+    text += "def unit():\n    return 1\ndef other():\n    return 1"
+    reader = type("Reader", (), {"__module__": "fac_synthesis.sae.core", "content": lambda self: 1})()
+    package(sae__core=text)
+    first = digest_of(reader)
+    package(sae__core=text.replace("def other():\n    return 1", "def other():\n    return 2"))
+    assert digest_of(reader) == first
+    package(sae__core=text.replace("def unit():\n    return 1", "def unit():\n    return 2"))
+    assert digest_of(reader) != first
+
+
+def test_a_function_within_a_function_has_a_digest():
+    def outer(n):
+        return lambda x: x + n
+
+    assert digest_of(outer) == digest_of(outer) != digest_of(lambda n: lambda x: x - n)
 
 
 def test_a_loaded_object_is_known_by_its_artifact_and_so_are_its_parts():

@@ -77,11 +77,11 @@ def test_in_a_fresh_clone_the_newer_file_decides(project):
     assert export.export_edited() == [], "both say the same"
     export.state_file().unlink()
     module(project).write_text("x = 3\n")
-    later = time.time() + 60
-    os.utime(module(project), (later, later))
+    at = time.time() + 60
+    os.utime(module(project), (at, at))
     with pytest.raises(UserError, match="edited by hand"):
         export.export_edited()
-    os.utime(project / "nbs/10_toy.ipynb", (later + 60, later + 60))
+    os.utime(project / "nbs/10_toy.ipynb", (at + 60, at + 60))
     assert export.export_edited() == ["10_toy"]
 
 
@@ -146,18 +146,51 @@ REACHED = [
 ]
 
 
+def copy_of_the_project(folder: Path):
+    for name in ("nbs", "fac_synthesis"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    shutil.copy(ROOT / "settings.ini", folder)
+
+
+def later(path: Path):
+    "Gives a file a time of change that no other file has reached yet."
+    at = time.time() + 60
+    os.utime(path, (at, at))
+
+
 @pytest.mark.parametrize(
     "notebook, change, reached, spared", REACHED, ids=[f"{r[0]}-{r[2][0]}" for r in REACHED]
 )
 def test_an_edit_reaches_the_stages_that_use_it_and_no_others(tmp_path, notebook, change, reached, spared):
     "Edit a prompt, and synthesis runs again with it; the models need not."
-    for name in ("nbs", "fac_synthesis"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-    shutil.copy(ROOT / "settings.ini", tmp_path)
+    copy_of_the_project(tmp_path)
     before = fingerprints(tmp_path, *reached, *spared)
     edit(tmp_path, notebook, *change)
-    later = time.time() + 60
-    os.utime(tmp_path / "nbs" / f"{notebook}.ipynb", (later, later))
+    later(tmp_path / "nbs" / f"{notebook}.ipynb")
     after = fingerprints(tmp_path, *reached, *spared)
     assert [s for s in reached if before[s] == after[s]] == [], "these must run again"
     assert [s for s in spared if before[s] != after[s]] == [], "these need not"
+
+
+KERNEL = """
+import sys, types
+sys.modules["ipykernel"] = types.ModuleType("ipykernel")
+from fac_synthesis.models.prompts import TOXICITY_PROMPTS
+print(TOXICITY_PROMPTS.one_step)
+"""
+
+
+def test_a_kernel_exports_before_it_imports(tmp_path):
+    "*Run All* in JupyterLab computes with what the other notebooks say."
+    copy_of_the_project(tmp_path)
+    edit(tmp_path, "05_prompts", "State the intent only", "State the aim only")
+    later(tmp_path / "nbs/05_prompts.ipynb")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    environment.pop("FAC_RESOLVED", None)
+    command = [sys.executable, "-W", "ignore", "-c", KERNEL]
+    done = subprocess.run(command, cwd=tmp_path / "nbs", env=environment, capture_output=True, text=True)
+    assert "State the aim only" in done.stdout, done.stderr
+    prompts = tmp_path / "fac_synthesis/models/prompts.py"
+    prompts.write_text(prompts.read_text() + "x = 1\n")
+    done = subprocess.run(command, cwd=tmp_path / "nbs", env=environment, capture_output=True, text=True)
+    assert "prompts.py was edited by hand" in done.stderr

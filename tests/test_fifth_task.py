@@ -2,10 +2,13 @@
 
 import importlib.util
 
-import numpy as np
+import pandas as pd
 import pytest
 import torch
+from conftest import Scripted
+
 from fac_synthesis.features.activations import FeatureReader
+from fac_synthesis.features.coverage import fac_missing
 from fac_synthesis.models.backbone import Backbone, tiny_model, word_tokenizer
 from fac_synthesis.questions.what_predicts_performance import correlation_table, fac_table, long_scores
 from fac_synthesis.results.claims import Evidence, best_method, fac_predicts_elsewhere
@@ -14,65 +17,82 @@ from fac_synthesis.run.parameters import published
 from fac_synthesis.sae.core import SAE, SAEConfig
 from fac_synthesis.tasks.scores import COLUMNS, Column
 
-METRIC, METHODS = "FAC of missing features", ["Alpaca", "Evol-Instruct", "SAO", "Ours"]
+METRIC = "FAC of missing features"
+METHODS = ["Alpaca", "Evol-Instruct", "SAO", "Ours"]
 
 MODULE = '''"""Politeness: is a request polite? A task of one's own."""
-import numpy as np, pandas as pd
+import numpy as np
+import pandas as pd
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
-from fac_synthesis.synthesis.baselines import BASELINES
-from fac_synthesis.synthesis.contrastive_pairs import contrastive_pairs, describe, generate_candidates
-from fac_synthesis.data.corpora import build_corpora
-from fac_synthesis.data.records import Record
-from fac_synthesis.features.coverage import covered, missing_features, missing_table
-from fac_synthesis.synthesis.diversity import diversity_table
-from fac_synthesis.synthesis.covered_samples import chosen_samples, complete, keep_verified, sample_budget, second_step_asks
-from fac_synthesis.features.interpretation import statistical_features
-from fac_synthesis.features.relevance import relevant_latents, statistical_relevance
+
 from fac_synthesis.data.tasks import Task
-from fac_synthesis.models.prompts import asking, fill_prompt
+from fac_synthesis.features.coverage import measure_coverage
+from fac_synthesis.features.interpretation import statistical_features
+from fac_synthesis.models.prompts import asking
+from fac_synthesis.synthesis.covered_samples import Filling, chosen_samples, fill_missing, sample_budget
 
 POLITE = "please thanks kindly sorry pardon grateful welcome dear honoured gladly humbly cheers".split()
 BLUNT = "now just quickly already instead again alone properly fast once finally somehow".split()
 THINGS = "door lamp cup roof lawn stair pond shelf gate wall boat tent sink desk plant tower".split()
-TASK = Task("politeness", "tell polite requests from blunt ones", "Does the feature stand for courtesy?", asking("Write one polite request."))
+TASK = Task(
+    name="politeness",
+    goal="tell polite requests from blunt ones",
+    rubric="Does the feature stand for courtesy?",
+    prompts=asking("Write one polite request."),
+)
 
-def corpora(seed=0):
-    "Five roles: requests for a thing with a polite word (1) or with a blunt one (0); the seed set knows two of the twelve polite words."
-    ask = lambda word, thing, label: Record(f"could you {word} mind the {thing} today", label, "politeness")
-    both = lambda n, things: [ask(w, t, label) for label, words in ((1, POLITE[:n]), (0, BLUNT)) for w in words for t in things]
-    roles = dict(anchor=both(12, THINGS[:10]), seed=both(2, THINGS[:4]), full=both(12, THINGS[:8]), test=both(12, THINGS[10:]))
-    return build_corpora(roles | dict(pretraining=[Record(r.text) for r in roles["anchor"]]), seed)
 
-def missing(c, reader):
-    "(table of the missing features, their latents): parts 20 to 23."
-    anchor, seed = (reader(c.texts(role)) for role in ("anchor", "seed"))
-    relevance = statistical_relevance(anchor, c.labels("anchor"))
-    latents = missing_features(covered(anchor, relevant_latents(relevance)), covered(seed, relevant_latents(relevance)))
-    return missing_table(latents, statistical_features(reader.backbone, c.texts("anchor"), anchor), relevance), latents
+def requests(n_polite, things):
+    "Requests for things with one of the first n polite words (label 1) or with a blunt one (0)."
+    rows = []
+    for label, words in ((1, POLITE[:n_polite]), (0, BLUNT)):
+        for word in words:
+            rows += [(f"could you {word} mind the {thing} today", label) for thing in things]
+    return pd.DataFrame(rows, columns=["text", "label"])
 
-def synthesize(c, features, reader, lm, work):
-    "Kept samples of Ours and of three baselines: parts 30 to 32."
-    asks = [(int(f.latent), fill_prompt(TASK.prompts.one_step, describe(f))) for f in features.itertuples()]
-    first = generate_candidates(lm, TASK, asks, reader, work, "first", n=3, seed=0)
-    asks = second_step_asks(TASK, features, contrastive_pairs(first, features, 0.0), 3, 3)
-    second = generate_candidates(lm, TASK, asks, reader, work, "second", n=3, seed=1)
-    own = complete(keep_verified(second, 0.0, set(c.texts("seed")), 1, "two-step", 1), TASK, lm, 0)
-    seeds = [r.text for r in c["seed"] if r.label]
-    made = [BASELINES[m](TASK, seeds, lm, sample_budget(own), 0, background=c.texts("pretraining"), tries=8, **(dict(novelty=1.0) if m == "Alpaca" else {})).samples for m in ("Alpaca", "Evol-Instruct", "SAO")]
-    return pd.concat([own, *made], ignore_index=True)
 
-def scores(c, samples, methods, seeds=(42, 43, 44)):
-    "One row per method and seed: accuracy of a word count on the test, trained on the seed set and the method's samples."
-    n, rows = sample_budget(samples), []
-    for method, seed in ((m, s) for m in ["Baseline", "Full Dataset", *methods] for s in seeds):
-        role = "full" if method == "Full Dataset" else "seed"
-        added = [] if method in ("Baseline", "Full Dataset") else chosen_samples(samples, method, n).text.tolist()
-        order = np.random.default_rng(seed).permutation(len(c[role]))[2:]
-        texts, labels = [c.texts(role)[i] for i in order] + added, [*c.labels(role)[order], *[1] * len(added)]
-        words = TfidfVectorizer().fit(texts)
-        right = LogisticRegression(C=10, class_weight="balanced").fit(words.transform(texts), labels).predict(words.transform(c.texts("test"))) == c.labels("test")
-        rows.append(dict(method=method, training="LoRA", seed=seed, accuracy=right.mean(), n_texts=len(texts)))
+CORPORA = {
+    "anchor": requests(12, THINGS[:10]),
+    "seed": requests(2, THINGS[:4]),  # knows two of the twelve polite words
+    "full": requests(12, THINGS[:8]),
+    "test": requests(12, THINGS[10:]),
+}
+
+
+def missing(reader):
+    "The table of the features that the seed set lacks."
+    anchor, seed = CORPORA["anchor"], CORPORA["seed"]
+    coverage = measure_coverage(reader, anchor.text.tolist(), anchor.label, seed.text.tolist())
+    features = statistical_features(reader.backbone, anchor.text.tolist(), coverage.anchor)
+    return coverage.table(features)
+
+
+def synthesize(features, reader, lm, work):
+    "One sample for every feature that a generator can be brought to write about."
+    settings = Filling(n_first=3, n_second=3, keep_per_feature=1)
+    return fill_missing(TASK, features, reader, lm, CORPORA["seed"].text, settings, work)
+
+
+def accuracy(train):
+    "Of a word count, on the test."
+    test = CORPORA["test"]
+    words = TfidfVectorizer().fit(train.text)
+    head = LogisticRegression(C=10, class_weight="balanced").fit(words.transform(train.text), train.label)
+    return (head.predict(words.transform(test.text)) == test.label).mean()
+
+
+def scores(samples, methods, seeds=(42, 43, 44)):
+    "One row per method and seed: accuracy, trained on the seed set and the method's samples."
+    rows = []
+    for method in ["Baseline", "Full Dataset", *methods]:
+        human = CORPORA["full" if method == "Full Dataset" else "seed"]
+        added = chosen_samples(samples, method, sample_budget(samples)) if method in methods else None
+        for seed in seeds:
+            order = np.random.default_rng(seed).permutation(len(human))[2:]
+            train = pd.concat([human.iloc[order], added])
+            row = dict(method=method, training="LoRA", seed=seed)
+            rows.append(row | dict(accuracy=accuracy(train), n_texts=len(train)))
     return pd.DataFrame(rows)
 '''
 
@@ -88,91 +108,99 @@ def politeness(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def made(politeness, tmp_path_factory):
-    "What the task leaves: corpora, missing latents, samples, diversity, scores."
-    from conftest import Scripted
-
-    c = politeness.corpora()
-    words = word_tokenizer([r.text for rs in c.roles.values() for r in rs])
+def reader(politeness):
+    texts = [text for corpus in politeness.CORPORA.values() for text in corpus.text]
+    words = word_tokenizer(texts)
     torch.manual_seed(0)
-    reader = FeatureReader(
-        SAE(SAEConfig(d_model=32, n_latents=256, k=6)),
-        Backbone(tiny_model("llama", len(words), 32, 2), words, layer=1),
-    )
+    sae = SAE(SAEConfig(d_model=32, n_latents=256, k=6))
+    return FeatureReader(sae, Backbone(tiny_model("llama", len(words), 32, 2), words, layer=1))
+
+
+@pytest.fixture(scope="module")
+def filled(politeness, reader, tmp_path_factory):
+    "The missing features, and what filling them gave."
 
     def reply(prompt, j):
-        "A model that uses the polite words it was shown, another thing each time."
-        if "Answer with A or B" in prompt:
-            return "A"
-        if "Equal or Different" in prompt:
-            return "Different"
+        "A model that uses the polite words it was shown, with another thing each time."
         shown = [w for w in prompt.replace(".", " ").split() if w in politeness.POLITE] or ["please"]
-        return f"could you {shown[j % len(shown)]} {shown[-1]} mind the {politeness.THINGS[(len(prompt) + j) % 10]} today"
+        thing = politeness.THINGS[(len(prompt) + j) % 10]
+        return f"could you {shown[j % len(shown)]} {shown[-1]} mind the {thing} today"
 
-    features, latents = politeness.missing(c, reader)
-    samples = politeness.synthesize(c, features, reader, Scripted(reply), tmp_path_factory.mktemp("work"))
-    sets = {m: f.text.tolist() for m, f in samples.groupby("method", sort=False)}
-    diversity = politeness.diversity_table(
-        sets,
-        lambda texts: np.random.default_rng(0).normal(size=(len(texts), 4)),
-        reader,
-        {METRIC: set(latents)},
-        n_clusters=2,
-        draws=1,
-    ).assign(task="politeness")
-    return c, latents, samples, diversity, politeness.scores(c, samples, METHODS)
+    features = politeness.missing(reader)
+    work = tmp_path_factory.mktemp("work")
+    return features, politeness.synthesize(features, reader, Scripted(reply), work)
+
+
+@pytest.fixture(scope="module")
+def made(politeness, filled):
+    "Samples of Ours, and of three stand-ins for baselines that say courtesies of the seed set only."
+    own = filled[1].samples
+    parts = [own]
+    for i, method in enumerate(METHODS[:-1]):
+        words = politeness.POLITE[: i + 1]
+        texts = [f"could you {words[n % len(words)]} mind the {t}" for n, t in enumerate(politeness.THINGS)]
+        texts = (texts * len(own))[: len(own)]
+        parts.append(pd.DataFrame(dict(method=method, label=1, latent=-1, rank=0, text=texts)))
+    return pd.concat(parts, ignore_index=True)
+
+
+@pytest.fixture(scope="module")
+def scores(politeness, made):
+    return politeness.scores(made, METHODS)
+
+
+@pytest.fixture(scope="module")
+def coverage_of_methods(filled, made, reader):
+    "The one metric of the diversity table that the questions need here."
+    latents = filled[0].latent.tolist()
+    rows = []
+    for method, samples in made.groupby("method", sort=False):
+        value = fac_missing(reader(samples.text.tolist()), latents)
+        rows.append(dict(task="politeness", set=method, level="feature", metric=METRIC, value=value))
+    return pd.DataFrame(rows).assign(label=METRIC)
 
 
 @pytest.fixture
 def listed(monkeypatch):
     "The one edit outside the module."
-    monkeypatch.setitem(
-        COLUMNS,
-        "politeness_accuracy",
-        Column(
-            "politeness_accuracy", "politeness accuracy", "politeness", "44_politeness", "accuracy", "n_texts"
-        ),
+    column = Column(
+        name="politeness_accuracy",
+        label="politeness accuracy",
+        task="politeness",
+        stage="44_politeness",
+        value="accuracy",
+        size="n_texts",
     )
+    monkeypatch.setitem(COLUMNS, "politeness_accuracy", column)
 
 
-def test_features_and_synthesis_take_the_task_as_it_is(politeness, made):
-    c, latents, samples, _, scores = made
-    assert not set(c.texts("test")) & set(c.texts("anchor")) and len(latents) >= 3
-    own = samples[samples.method == "two-step"]
-    assert (
-        len(own) >= 3
-        and (own.score > 0).all()
-        and set(own.latent) <= set(latents)
-        and (own.item_fault == "").all()
-    )
+def test_features_and_synthesis_take_the_task_as_it_is(politeness, filled, scores):
+    corpora, (features, result) = politeness.CORPORA, filled
+    assert not set(corpora["test"].text) & set(corpora["anchor"].text) and len(features) >= 3
+    own = result.samples
+    assert len(own) >= 3 and (own.score > 0).all() and (own.item_fault == "").all()
+    assert set(own.latent) <= set(features.latent)
+    assert set(own.latent) | set(result.uncovered.latent) == set(features.latent)
     known = set(politeness.POLITE[:2])
-    assert sum(not known & set(t.split()) for t in own.text) > len(own) / 2, (
-        "they speak of courtesies that the seed set lacks"
-    )
+    new = [text for text in own.text if not known & set(text.split())]
+    assert len(new) > len(own) / 2, "they speak of courtesies that the seed set lacks"
     mean = scores.groupby("method").accuracy.mean()
     assert mean["Ours"] > mean["Baseline"] and mean["Full Dataset"] == 1.0
 
 
-def test_tables_have_its_column(made, listed):
-    scores = made[-1]
+def test_tables_have_its_column(scores, listed):
     long = table_scores({"44_politeness": scores})
     wide = wide_table(comparison(long, {}, "table01")).set_index("row")["politeness accuracy"]
     ours = 100 * scores[scores.method == "Ours"].accuracy.mean()
     assert wide["Ours"].startswith(f"{ours:.2f}") and wide["Magpie"] == "none"
-    assert list(empty_frame("44_politeness", "scores")) == [
-        "method",
-        "training",
-        "seed",
-        "accuracy",
-        "n_texts",
-    ]
+    columns = ["method", "training", "seed", "accuracy", "n_texts"]
+    assert list(empty_frame("44_politeness", "scores")) == columns
 
 
-def test_questions_and_claims_speak_of_it(made, listed):
-    _, _, _, diversity, scores = made
+def test_questions_and_claims_speak_of_it(scores, coverage_of_methods, listed):
     long = long_scores("44_politeness", scores)
     assert long.score.max() <= 100 and set(long.task) == {"politeness"}
-    found = correlation_table(long, diversity, METHODS, METRIC, 200)
+    found = correlation_table(long, coverage_of_methods, METHODS, METRIC, 200)
     row = found[found.metric == METRIC].iloc[0]
     assert row.task == "politeness" and row.n == 4 and row.main
     assert fac_table(found, METRIC, published("table08")).task.tolist() == ["politeness"]
@@ -184,5 +212,5 @@ def test_questions_and_claims_speak_of_it(made, listed):
     assert "politeness r" in fac_predicts_elsewhere(evidence).evidence
 
 
-def test_nothing_speaks_of_it_unlisted(made):
-    assert table_scores({"44_politeness": made[-1]}).empty
+def test_nothing_speaks_of_it_unlisted(scores):
+    assert table_scores({"44_politeness": scores}).empty

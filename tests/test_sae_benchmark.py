@@ -3,23 +3,27 @@
 import pandas as pd
 import pytest
 import torch
+
+import fac_synthesis.sae.benchmark as module
 from fac_synthesis.sae.benchmark import (
     IMPLEMENTATIONS,
     Case,
+    LlamaShape,
     correctness,
     gradient_error,
     harvest_rate,
+    language_model_rate,
     machine,
     measure,
     peak_mb,
     random_llama,
     summarise,
+    sweep,
 )
-
-from fac_synthesis import sae_benchmark as module
 
 torch.set_num_threads(1)
 CASE = Case(d_model=16, n_latents=64, k=4, tokens=32)
+SHAPE = LlamaShape(width=32, layers=3, heads=4, kv_heads=2, mlp=64, vocabulary=50)
 OURS = [name for name in IMPLEMENTATIONS if name not in module.PACKAGES]
 
 
@@ -56,9 +60,8 @@ def test_a_timed_step_learns(monkeypatch, name):
     step = IMPLEMENTATIONS[name](CASE, CASE.x_BD())
     before = [p.detach().clone() for p in made[0]]
     step()
-    assert sum(not torch.equal(a, b) for a, b in zip(before, made[0])) >= 3, (
-        "encoder, decoder and biases move"
-    )
+    moved = sum(not torch.equal(a, b) for a, b in zip(before, made[0]))
+    assert moved >= 3, "encoder, decoder and biases move"
 
 
 def test_a_library_that_fails_and_one_that_needs_too_much_are_results(monkeypatch):
@@ -85,18 +88,19 @@ def test_a_library_that_fails_and_one_that_needs_too_much_are_results(monkeypatc
 
 
 def test_summary_compares_like_with_like():
-    rows = [
-        dict(k=4, tokens=100, implementation=name, round=r, ms=ms + r, peak_mb=1.0, note="")
-        for r in range(3)
-        for name, ms in {
-            "ours, tied": 9,
-            "ours, untied": 19,
-            "dense, tied": 49,
-            "dense, untied": 59,
-            "SAELens": 99,
-            "encode only": 4,
-        }.items()
-    ]
+    fastest = {
+        "ours, tied": 9,
+        "ours, untied": 19,
+        "dense, tied": 49,
+        "dense, untied": 59,
+        "SAELens": 99,
+        "encode only": 4,
+    }
+    rows = []
+    for number in range(3):
+        for name, ms in fastest.items():
+            size = dict(k=4, tokens=100, peak_mb=1.0, note="")
+            rows.append(dict(size, implementation=name, round=number, ms=ms + number))
     table = summarise(pd.DataFrame(rows)).set_index("implementation")
     assert table.ours_is_faster_by[["dense, tied", "dense, untied", "SAELens"]].tolist() == [5, 3, 5]
     assert table.ours_is_faster_by[["ours, tied", "encode only"]].isna().all()
@@ -114,7 +118,7 @@ def test_memory_is_what_the_step_needs_at_its_peak():
 
 
 def test_harvest_counts_the_operations_of_the_blocks_below_the_hook():
-    model = random_llama(32, 3, 4, 2, 64, 50, "cpu")
+    model = random_llama(SHAPE, "cpu")
     numbers = harvest_rate(model, layers=2, text_tokens=16, batch_tokens=64, rounds=1)
     weights = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64 + 2 * 32  # q and o, k and v, feed-forward, norms
     assert numbers["gflop_per_token"] == pytest.approx(2 * (2 * weights + 2 * 16 * 32) / 1e9)
@@ -124,3 +128,22 @@ def test_harvest_counts_the_operations_of_the_blocks_below_the_hook():
 def test_machine_names_hardware_and_versions():
     about = machine("cpu")
     assert about["torch"] == torch.__version__ and about["device"] and about["threads"] >= 1
+
+
+def test_a_sweep_covers_every_size_and_names_the_machine(monkeypatch):
+    monkeypatch.setattr(module, "IMPLEMENTATIONS", {"ours, tied": IMPLEMENTATIONS["ours, tied"]})
+    cases = [CASE, Case(d_model=16, n_latents=64, k=8, tokens=16)]
+    times = sweep(cases, rounds=2, about=dict(device="here", threads=1))
+    assert times[["k", "tokens"]].drop_duplicates().values.tolist() == [[4, 32], [8, 16]]
+    assert len(times) == 4 and (times.device == "here").all() and (times.threads == 1).all()
+
+
+def test_the_rate_is_that_of_the_whole_model_given():
+    numbers = language_model_rate(SHAPE, "cpu", text_tokens=16, batch_tokens=64, rounds=1, about={})
+    two_blocks = harvest_rate(random_llama(SHAPE, "cpu"), layers=2, text_tokens=16, batch_tokens=64, rounds=1)
+    assert numbers["gflop_per_token"] == pytest.approx(1.5 * two_blocks["gflop_per_token"])
+
+
+def test_a_missing_name_of_the_processor_is_no_error(monkeypatch):
+    monkeypatch.setattr(module.Path, "exists", lambda self: False)
+    assert module.processor_name() == (module.platform.processor() or module.platform.machine())

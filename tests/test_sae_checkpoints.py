@@ -1,4 +1,8 @@
-"""Checkpoints of others: each layout written as its makers write it, compared with their formula; what is broken or dangerous; the way back."""
+"""Checkpoints of others.
+
+Each layout is written as its makers write it, and compared with their formula. Then what is broken or
+dangerous, and the way back.
+"""
 
 import json
 import os
@@ -8,11 +12,21 @@ import huggingface_hub.constants
 import pytest
 import torch
 import torch.nn.functional as F
-from fac_synthesis.sae.checkpoints import check_sae, hook_layer, load_published, save_sae_lens, save_sparsify
-from fac_synthesis.sae.core import SAE, SAEConfig, to_threshold
 from safetensors.torch import load_file, save_file
 
-from fac_synthesis import sae_checkpoints as module
+from fac_synthesis.sae import checkpoints as module
+from fac_synthesis.sae.checkpoints import (
+    LAYOUTS,
+    check_sae,
+    hook_layer,
+    load_published,
+    open_checkpoint,
+    read_sae,
+    recognise,
+    save_sae_lens,
+    save_sparsify,
+)
+from fac_synthesis.sae.core import SAE, SAEConfig, to_threshold
 
 D, H, K = 12, 40, 5
 
@@ -26,6 +40,9 @@ def weights(seed=0):
 W, C, V, B = weights()
 X = torch.randn(300, D, generator=torch.Generator().manual_seed(9)) * 2
 NORM = V.norm(dim=1)
+CENTRED = (X - B) @ W.T + C  # pre-activations of layouts that subtract the decoder bias
+RAW = X @ W.T + C  # and of those that do not
+RAMP = torch.linspace(0, 4, H)  # a threshold per latent
 
 
 def top(z, k=K):
@@ -33,21 +50,19 @@ def top(z, k=K):
     return torch.zeros_like(z).scatter(1, kept.indices, kept.values.clamp_min(0))
 
 
+def above(z, threshold):
+    return z.relu() * (z > threshold)
+
+
 # ---- the layouts: each writer returns (what to load, codes, reconstruction) by the published formula
 
 
 def authors(folder, **config):
-    """Published code: weight = state_dict with W_enc (d, h), config; Top-K, then ReLU, tied decoder."""
-    config = {"d_inp": D, "d_hide": H, "topK": K} | config
+    "Published code: weight = state_dict with W_enc (d, h), config; Top-K, then ReLU, tied decoder."
     file = folder / "TopK7_l16_h40_epoch3.pth"
-    torch.save(
-        {
-            "weight": {"mask": torch.ones(H), "W_enc": W.T.contiguous(), "b_enc": C, "b_dec": B},
-            "config": config,
-        },
-        file,
-    )
-    a = top((X - B) @ W.T + C)
+    weight = dict(mask=torch.ones(H), W_enc=W.T.contiguous(), b_enc=C, b_dec=B)
+    torch.save(dict(weight=weight, config=dict(d_inp=D, d_hide=H, topK=K) | config), file)
+    a = top(CENTRED)
     return file, a, a @ W + B
 
 
@@ -56,141 +71,117 @@ def authors_relu(folder):
     state = torch.load(file, weights_only=True)
     del state["config"]["topK"]
     torch.save(state, file)
-    a = F.relu((X - B) @ W.T + C)
+    a = CENTRED.relu()
     return file, a, a @ W + B
+
+
+LENS = dict(
+    d_in=D,
+    d_sae=H,
+    dtype="float32",
+    device="cpu",
+    apply_b_dec_to_input=True,
+    normalize_activations="none",
+    reshape_activations="none",
+    architecture="standard",
+)
+LENS_METADATA = dict(
+    sae_lens_version="6.54.12",
+    sae_lens_training_version="6.54.12",
+    model_name="meta-llama/Llama-3.1-8B",
+    hook_name="blocks.15.hook_resid_post",
+)
 
 
 def lens(folder, tensors=None, drop=(), metadata=True, **settings):
     tensors = dict(W_enc=W.T.contiguous(), b_enc=C, W_dec=V, b_dec=B) | (tensors or {})
     save_file(tensors, folder / "sae_weights.safetensors")
-    cfg = dict(
-        d_in=D,
-        d_sae=H,
-        dtype="float32",
-        device="cpu",
-        apply_b_dec_to_input=True,
-        normalize_activations="none",
-        reshape_activations="none",
-        architecture="standard",
-    )
-    if metadata:
-        cfg["metadata"] = dict(
-            sae_lens_version="6.54.12",
-            sae_lens_training_version="6.54.12",
-            model_name="meta-llama/Llama-3.1-8B",
-            hook_name="blocks.15.hook_resid_post",
-        )
-    (folder / "cfg.json").write_text(
-        json.dumps({name: value for name, value in (cfg | settings).items() if name not in drop})
-    )
+    about = dict(metadata=LENS_METADATA) if metadata else {}
+    write_json(folder / "cfg.json", LENS | about | settings, drop)
     return folder
 
 
+def write_json(file, fields, drop=()):
+    file.write_text(json.dumps({name: value for name, value in fields.items() if name not in drop}))
+
+
 def lens_standard(folder):
-    a = F.relu((X - B) @ W.T + C)
+    a = CENTRED.relu()
     return lens(folder), a, a @ V + B
 
 
 def lens_standard_raw_input(folder):
-    a = F.relu(X @ W.T + C)
+    a = RAW.relu()
     return lens(folder, apply_b_dec_to_input=False), a, a @ V + B
 
 
 def lens_topk(folder):
-    a = top((X - B) @ W.T + C)
+    a = top(CENTRED)
     return lens(folder, architecture="topk", k=K, rescale_acts_by_decoder_norm=False), a, a @ V + B
 
 
 def lens_topk_rescaled(folder):
-    a = top(((X - B) @ W.T + C) * NORM)
+    a = top(CENTRED * NORM)
     return lens(folder, architecture="topk", k=K, rescale_acts_by_decoder_norm=True), a, (a / NORM) @ V + B
 
 
 def lens_topk_before_6(folder):
-    a = top(X @ W.T + C)
-    lens(
-        folder,
-        metadata=False,
-        activation_fn_str="topk",
-        activation_fn_kwargs={"k": K},
-        hook_name="blocks.16.hook_resid_pre",
-        apply_b_dec_to_input=False,
-        model_name="gpt2",
-        drop=("reshape_activations",),
-    )
-    return folder, a, a @ V + B
+    a = top(RAW)
+    old = dict(activation_fn_str="topk", activation_fn_kwargs={"k": K}, apply_b_dec_to_input=False)
+    old |= dict(hook_name="blocks.16.hook_resid_pre", model_name="gpt2")
+    return lens(folder, metadata=False, drop=("reshape_activations",), **old), a, a @ V + B
 
 
 def lens_jumprelu(folder):
-    theta = torch.linspace(0, 4, H)
-    z = (X - B) @ W.T + C
-    a = z.relu() * (z > theta)
-    return lens(folder, {"threshold": theta}, architecture="jumprelu"), a, a @ V + B
+    a = above(CENTRED, RAMP)
+    return lens(folder, {"threshold": RAMP}, architecture="jumprelu"), a, a @ V + B
 
 
 def lens_batchtopk(folder):
-    theta = torch.tensor(6.0, dtype=torch.double)
-    a = ((X - B) @ W.T + C) * NORM
-    a = a.relu() * (a > 6.0)
-    return (
-        lens(
-            folder,
-            {"topk_threshold": theta},
-            architecture="batchtopk",
-            k=5.0,
-            rescale_acts_by_decoder_norm=True,
-        ),
-        a,
-        (a / NORM) @ V + B,
-    )
+    theta = {"topk_threshold": torch.tensor(6.0, dtype=torch.double)}
+    a = above(CENTRED * NORM, 6.0)
+    path = lens(folder, theta, architecture="batchtopk", k=5.0, rescale_acts_by_decoder_norm=True)
+    return path, a, (a / NORM) @ V + B
+
+
+SPARSIFY = dict(
+    activation="topk",
+    expansion_factor=32,
+    normalize_decoder=True,
+    num_latents=H,
+    k=K,
+    multi_topk=False,
+    skip_connection=False,
+    transcode=False,
+    d_in=D,
+)
 
 
 def sparsify(folder, name="layers.15", drop=(), **settings):
     folder = folder / name
     folder.mkdir()
     save_file({"encoder.weight": W, "encoder.bias": C, "W_dec": V, "b_dec": B}, folder / "sae.safetensors")
-    cfg = (
-        dict(
-            activation="topk",
-            expansion_factor=32,
-            normalize_decoder=True,
-            num_latents=H,
-            k=K,
-            multi_topk=False,
-            skip_connection=False,
-            transcode=False,
-            d_in=D,
-        )
-        | settings
-    )
-    (folder / "cfg.json").write_text(
-        json.dumps({name: value for name, value in cfg.items() if name not in drop})
-    )
+    write_json(folder / "cfg.json", SPARSIFY | settings, drop)
     values, indices = F.relu(F.linear(X - B, W, C)).topk(K, dim=-1)
-    return (
-        folder,
-        torch.zeros(len(X), H).scatter(1, indices, values),
-        torch.einsum("bk,bkd->bd", values, V[indices]) + B,
-    )
+    a = torch.zeros(len(X), H).scatter(1, indices, values)
+    return folder, a, torch.einsum("bk,bkd->bd", values, V[indices]) + B
+
+
+TRAINER = dict(
+    trainer_class="Trainer",
+    activation_dim=D,
+    dict_size=H,
+    layer=15,
+    lm_name="meta-llama/Llama-3.1-8B-Instruct",
+    submodule_name="resid_post_layer_15",
+)
+COUNT = torch.tensor(K, dtype=torch.int)
 
 
 def learned(folder, kind, state, **trainer):
     torch.save(state, folder / "ae.pt")
-    trainer = (
-        dict(
-            trainer_class="Trainer",
-            dict_class=kind,
-            activation_dim=D,
-            dict_size=H,
-            layer=15,
-            lm_name="meta-llama/Llama-3.1-8B-Instruct",
-            submodule_name="resid_post_layer_15",
-        )
-        | trainer
-    )
-    (folder / "config.json").write_text(
-        json.dumps({"trainer": trainer, "buffer": {"d_submodule": D, "io": "out", "ctx_len": 2048}})
-    )
+    buffer = dict(d_submodule=D, io="out", ctx_len=2048)
+    write_json(folder / "config.json", dict(trainer=TRAINER | dict(dict_class=kind) | trainer, buffer=buffer))
     return folder
 
 
@@ -199,42 +190,26 @@ def linear(**extra):
 
 
 def learned_relu(folder):
-    a = F.relu((X - B) @ W.T + C)
+    a = CENTRED.relu()
     return learned(folder, "AutoEncoder", linear(bias=B)), a, a @ V + B
 
 
 def learned_relu_new(folder):
-    a = F.relu(X @ W.T + C)
+    a = RAW.relu()
     return learned(folder, "AutoEncoderNew", linear(**{"decoder.bias": B}), submodule_name=None), a, a @ V + B
 
 
 def learned_topk(folder):
-    a = top(F.relu((X - B) @ W.T + C))
-    return (
-        learned(
-            folder,
-            "AutoEncoderTopK",
-            linear(b_dec=B, k=torch.tensor(K, dtype=torch.int), threshold=torch.tensor(-1.0)),
-            k=K,
-        ),
-        a,
-        a @ V + B,
-    )
+    a = top(CENTRED.relu())
+    state = linear(b_dec=B, k=COUNT, threshold=torch.tensor(-1.0))
+    return learned(folder, "AutoEncoderTopK", state, k=K), a, a @ V + B
 
 
 def learned_batchtopk(folder, theta=3.0):
-    a = F.relu((X - B) @ W.T + C)
+    a = CENTRED.relu()
     a = a * (a > theta)
-    return (
-        learned(
-            folder,
-            "BatchTopKSAE",
-            linear(b_dec=B, k=torch.tensor(K, dtype=torch.int), threshold=torch.tensor(theta)),
-            k=K,
-        ),
-        a,
-        a @ V + B,
-    )
+    state = linear(b_dec=B, k=COUNT, threshold=torch.tensor(theta))
+    return learned(folder, "BatchTopKSAE", state, k=K), a, a @ V + B
 
 
 def learned_batchtopk_untrained_threshold(folder):
@@ -242,46 +217,24 @@ def learned_batchtopk_untrained_threshold(folder):
 
 
 def learned_matryoshka(folder):
-    a = F.relu((X - B) @ W.T + C)
-    a = a * (a > 3.0)
-    state = dict(
-        W_enc=W.T.contiguous(),
-        b_enc=C,
-        W_dec=V,
-        b_dec=B,
-        k=torch.tensor(K, dtype=torch.int),
-        threshold=torch.tensor(3.0),
-        group_sizes=torch.tensor([10, 30]),
-    )
+    a = above(CENTRED, 3.0)
+    state = dict(W_enc=W.T.contiguous(), b_enc=C, W_dec=V, b_dec=B, k=COUNT, threshold=torch.tensor(3.0))
+    state["group_sizes"] = torch.tensor([10, 30])
     return learned(folder, "MatryoshkaBatchTopKSAE", state, k=K), a, a @ V + B
 
 
 def learned_jumprelu(folder):
     theta = torch.linspace(0.001, 4, H)
-    z = X @ W.T + C
-    a = F.relu(z * (z > theta))
-    return (
-        learned(
-            folder,
-            "JumpReluAutoEncoder",
-            dict(W_enc=W.T.contiguous(), b_enc=C, W_dec=V, b_dec=B, threshold=theta),
-        ),
-        a,
-        a @ V + B,
-    )
+    a = F.relu(RAW * (RAW > theta))
+    state = dict(W_enc=W.T.contiguous(), b_enc=C, W_dec=V, b_dec=B, threshold=theta)
+    return learned(folder, "JumpReluAutoEncoder", state), a, a @ V + B
 
 
 def goodfire(folder):
     file = folder / "Llama-3.1-8B-Instruct-SAE-l19.pth"
-    torch.save(
-        {
-            "encoder_linear.weight": W,
-            "encoder_linear.bias": C,
-            "decoder_linear.weight": V.T.contiguous(),
-            "decoder_linear.bias": B,
-        },
-        file,
-    )
+    encoder = {"encoder_linear.weight": W, "encoder_linear.bias": C}
+    decoder = {"decoder_linear.weight": V.T.contiguous(), "decoder_linear.bias": B}
+    torch.save(encoder | decoder, file)
     a = F.relu(F.linear(X, W, C))
     return file, a, F.linear(a, V.T, B)
 
@@ -303,37 +256,40 @@ SCOPE = dict(
 )
 
 
-def scope(folder, **settings):
-    """Llama Scope as its library runs it: into raw units, unit decoder rows, then the threshold."""
-    (folder / "checkpoints").mkdir()
-    save_file(
-        {"encoder.weight": W, "encoder.bias": C, "decoder.weight": V.T.contiguous(), "decoder.bias": B},
-        folder / "checkpoints/final.safetensors",
-    )
-    (folder / "hyperparams.json").write_text(json.dumps(SCOPE | settings))
-    factor = D**0.5 / 9.5
-    raw = (X @ W.T + C / factor) * NORM
+def scope_formula(W, C, V, B):
+    "Llama Scope as its library runs it: into raw units, unit decoder rows, then the threshold."
+    factor, norm = D**0.5 / 9.5, V.norm(dim=1)
+    raw = (X @ W.T + C / factor) * norm
     a = raw * (raw > 2.5)
-    return folder, a, a @ (V / NORM[:, None]) + B / factor
+    return a, a @ (V / norm[:, None]) + B / factor
+
+
+def scope(folder, **settings):
+    (folder / "checkpoints").mkdir()
+    save_file(linear(**{"decoder.bias": B}), folder / "checkpoints/final.safetensors")
+    write_json(folder / "hyperparams.json", SCOPE | settings)
+    return folder, *scope_formula(W, C, V, B)
 
 
 def scope_bfloat16(folder):
     folder, *_ = scope(folder)
     file = folder / "checkpoints/final.safetensors"
-    save_file({name: t.bfloat16() for name, t in load_file(file).items()}, file)
-    W_, C_, V_, B_ = (t.bfloat16().float() for t in (W, C, V, B))
-    factor, norm = D**0.5 / 9.5, V_.norm(dim=1)
-    raw = (X @ W_.T + C_ / factor) * norm
-    a = raw * (raw > 2.5)
-    return folder, a, a @ (V_ / norm[:, None]) + B_ / factor
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file)
+    return folder, *scope_formula(*(tensor.bfloat16().float() for tensor in (W, C, V, B)))
+
+
+def made(config: SAEConfig) -> SAE:
+    "Our SAE with the tensors above."
+    tensors = dict(W_enc=W, b_enc=C, b_dec=B) | ({} if config.tied else dict(W_dec=V))
+    with torch.device("meta"):
+        sae = SAE(config)
+    sae.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
+    return sae
 
 
 def ours(folder):
-    with torch.device("meta"):
-        sae = SAE(SAEConfig(D, H, K, tied=False, layer=16))
-    sae.load_state_dict(dict(W_enc=W, b_enc=C, W_dec=V, b_dec=B), assign=True)
-    sae.save(folder)
-    a = top((X - B) @ W.T + C)
+    made(SAEConfig(D, H, K, tied=False, layer=16)).save(folder)
+    a = top(CENTRED)
     return folder, a, a @ V + B
 
 
@@ -402,30 +358,42 @@ def test_the_file_name_does_not_decide(tmp_path):
 def test_what_a_checkpoint_says_beyond_its_tensors(tmp_path):
     for name in "abc":
         (tmp_path / name).mkdir()
-    matryoshka, scoped = (
-        load_published(learned_matryoshka(tmp_path / "a")[0]),
-        load_published(scope(tmp_path / "b")[0]),
-    )
-    assert (
-        matryoshka.config.prefixes == (10,)
-        and matryoshka.config.k == K
-        and matryoshka.config.backbone == "meta-llama/Llama-3.1-8B-Instruct"
-    )
-    assert scoped.config.k == 7 and scoped.config.activation == "threshold"
+    matryoshka = load_published(learned_matryoshka(tmp_path / "a")[0]).config
+    scoped = load_published(scope(tmp_path / "b")[0]).config
+    assert matryoshka.prefixes == (10,) and matryoshka.k == K
+    assert matryoshka.backbone == "meta-llama/Llama-3.1-8B-Instruct"
+    assert scoped.k == 7 and scoped.activation == "threshold"
     assert load_published(authors(tmp_path / "c")[0]).config.tied
 
 
 def test_a_norm_factor_is_in_raw_units(tmp_path):
-    "Doubling the residuals and the norm of the training data doubles codes and reconstructions, all but the threshold."
+    "Residuals and norm of the training data doubled: codes and reconstructions doubled, without a threshold."
     for name in "ab":
         (tmp_path / name).mkdir()
-    one = load_published(scope(tmp_path / "a", jump_relu_threshold=0.0)[0])
-    two = load_published(
-        scope(
-            tmp_path / "b", jump_relu_threshold=0.0, dataset_average_activation_norm={"in": 19.0, "out": 19.0}
-        )[0]
-    )
+    doubled = {"in": 19.0, "out": 19.0}
+    one = scope(tmp_path / "a", jump_relu_threshold=0.0)[0]
+    two = scope(tmp_path / "b", jump_relu_threshold=0.0, dataset_average_activation_norm=doubled)[0]
+    one, two = load_published(one), load_published(two)
     assert close(codes(two, 2 * X), 2 * codes(one)) and close(two(2 * X).x_BD, 2 * one(X).x_BD)
+
+
+LAYOUT_OF = dict(
+    authors="authors",
+    lens="SAELens",
+    sparsify="sparsify",
+    learned="dictionary_learning",
+    goodfire="Goodfire",
+    scope="Llama Scope",
+)
+
+
+@every
+def test_every_layout_is_recognised_by_content(write, tmp_path):
+    path = write(tmp_path)[0]
+    if write is ours:
+        return
+    layout = LAYOUT_OF[write.__name__.split("_")[0]]
+    assert layout in LAYOUTS and recognise(open_checkpoint(module.find_checkpoint(path))) == layout
 
 
 # ---- hook points
@@ -571,14 +539,33 @@ def test_a_truncated_file_is_refused(write, keep, tmp_path, refused):
     assert "damaged" in refused(lambda: load_published(path))
 
 
+def two_of_them(folder):
+    for number in (3, 4):
+        sparsify(folder, f"layers.{number}")
+
+
+def without_json(folder):
+    (learned(folder, "AutoEncoder", linear(bias=B)) / "config.json").unlink()
+
+
+def another_site(folder):
+    learned(folder, "AutoEncoder", linear(bias=B), submodule_name="mlp_out_layer_15")
+
+
+def another_k(folder):
+    learned(folder, "AutoEncoderTopK", linear(b_dec=B, k=torch.tensor(K)), k=K + 1)
+
+
+def expected_average(folder):
+    lens(folder, normalize_activations="expected_average_only_in")
+
+
 BAD_SETTINGS = {
     "architecture 'gated'": lambda f: lens(f, architecture="gated"),
     "architecture 'temporal'": lambda f: lens(f, architecture="temporal"),
     "activation function 'tanh-relu'": lambda f: lens(f, activation_fn_str="tanh-relu"),
     "normalize_activations = 'layer_norm'": lambda f: lens(f, normalize_activations="layer_norm"),
-    "normalize_activations = 'expected_average_only_in'": lambda f: lens(
-        f, normalize_activations="expected_average_only_in"
-    ),
+    "normalize_activations = 'expected_average_only_in'": expected_average,
     "reshape_activations = 'hook_z'": lambda f: lens(f, reshape_activations="hook_z"),
     "field 'd_sae' is '40'": lambda f: lens(f, d_sae="40"),
     "field 'k' is None": lambda f: lens(f, architecture="topk"),
@@ -593,13 +580,9 @@ BAD_SETTINGS = {
     "fields d_in, k": lambda f: sparsify(f, drop=("k",)),
     "is 0, but should be a whole number": lambda f: sparsify(f, num_latents=0, expansion_factor=0),
     "class 'GatedAutoEncoder'": lambda f: learned(f, "GatedAutoEncoder", linear(b_dec=B)),
-    "its weights say k = 5": lambda f: learned(
-        f, "AutoEncoderTopK", linear(b_dec=B, k=torch.tensor(K)), k=K + 1
-    ),
-    "mlp_out_layer_15": lambda f: learned(
-        f, "AutoEncoder", linear(bias=B), submodule_name="mlp_out_layer_15"
-    ),
-    "fields trainer": lambda f: (learned(f, "AutoEncoder", linear(bias=B)) / "config.json").unlink(),
+    "its weights say k = 5": another_k,
+    "mlp_out_layer_15": another_site,
+    "fields trainer": without_json,
     "it is a transcoder": lambda f: scope(f, hook_point_out="blocks.15.hook_mlp_out"),
     "activation function 'swish'": lambda f: scope(f, act_fn="swish"),
     "norm_activation = 'token-wise'": lambda f: scope(f, norm_activation="token-wise"),
@@ -611,7 +594,7 @@ BAD_SETTINGS = {
     "no SAE in a layout known here": lambda f: save_file({"lm_head.weight": W}, f / "model.safetensors"),
     "it holds nothing": lambda f: torch.save([1, 2], f / "list.pt"),
     "holds no weights": lambda f: (f / "notes.txt").write_text("nothing"),
-    "holds 2 SAEs; name one of them": lambda f: [sparsify(f, f"layers.{l}") for l in (3, 4)],
+    "holds 2 SAEs; name one of them": two_of_them,
 }
 
 
@@ -637,10 +620,8 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
     def snapshot(repo):
-        folder, commit = (
-            tmp_path / "hub" / f"models--{repo.replace('/', '--')}",
-            "0123456789abcdef0123456789abcdef01234567",
-        )
+        folder = tmp_path / "hub" / f"models--{repo.replace('/', '--')}"
+        commit = "0123456789abcdef0123456789abcdef01234567"
         (folder / "refs").mkdir(parents=True)
         (folder / "refs/main").write_text(commit)
         (folder / "snapshots" / commit).mkdir(parents=True)
@@ -653,9 +634,8 @@ def test_a_hub_name_is_taken_from_the_cache(cache, refused):
     _, a, _ = authors(cache("owner/sae_llama_l16_h40"))
     sae = load_published("owner/sae_llama_l16_h40")
     assert close(codes(sae), a) and sae.config.layer == 16
-    assert "neither a file or folder here nor to be had from the hub" in refused(
-        lambda: load_published("owner/absent")
-    )
+    message = refused(lambda: load_published("owner/absent"))
+    assert "neither a file or folder here nor to be had from the hub" in message
 
 
 def test_one_of_several_on_the_hub(cache):
@@ -679,10 +659,12 @@ def test_only_the_wanted_files_are_fetched(tmp_path, monkeypatch, cache, refused
         def list_repo_files(self, repo):
             return module.relative_files(source)
 
+    def download(repo, file):
+        asked.append(file)
+        return str(source / file)
+
     monkeypatch.setattr(module, "HfApi", Hub)
-    monkeypatch.setattr(
-        module, "hf_hub_download", lambda repo, file: (asked.append(file), str(source / file))[1]
-    )
+    monkeypatch.setattr(module, "hf_hub_download", download)
     load_published("owner/many/b")
     assert asked == ["b/hyperparams.json", "b/checkpoints/final.safetensors"]
     assert "holds 2 SAEs" in refused(lambda: load_published("owner/many"))
@@ -747,27 +729,9 @@ def test_the_check_refuses_another_width_or_layer(backbone, texts, refused):
 
 
 def make(kind="topk", tied=False, layer=16) -> SAE:
-    with torch.device("meta"):
-        sae = SAE(
-            SAEConfig(
-                D,
-                H,
-                K,
-                tied,
-                layer=layer,
-                backbone="some/model",
-                activation="batchtopk" if kind == "batchtopk" else "topk",
-            )
-        )
-    sae.load_state_dict(
-        {
-            name: t.clone()
-            for name, t in dict(W_enc=W, b_enc=C, b_dec=B, W_dec=V).items()
-            if name != "W_dec" or not tied
-        },
-        assign=True,
-    )
-    return to_threshold(sae, torch.linspace(0, 4, H)) if kind == "threshold" else sae
+    activation = "batchtopk" if kind == "batchtopk" else "topk"
+    sae = made(SAEConfig(D, H, K, tied, layer=layer, backbone="some/model", activation=activation))
+    return to_threshold(sae, RAMP) if kind == "threshold" else sae
 
 
 def same(one, two):
@@ -782,12 +746,9 @@ def same(one, two):
 def test_there_and_back(kind, save, tied, tmp_path):
     sae = make(kind, tied)
     again = load_published(save(sae, tmp_path))
-    assert same(sae, again) and (
-        again.config.layer,
-        again.config.k,
-        again.config.tied,
-        again.config.activation,
-    ) == (16, K, tied, kind)
+    config = again.config
+    assert same(sae, again)
+    assert (config.layer, config.k, config.tied, config.activation) == (16, K, tied, kind)
     if save is save_sae_lens:
         assert again.config.backbone == "some/model"
 
@@ -818,49 +779,42 @@ def test_sae_lens_reads_ours_and_we_read_its(kind, tmp_path):
     assert same(sae, load_published(tmp_path / "theirs"))
 
 
-@pytest.mark.parametrize("kind", ["standard", "topk", "topk_rescaled", "jumprelu", "batchtopk"])
-def test_codes_equal_those_of_sae_lens(kind, tmp_path):
-    pytest.importorskip("sae_lens", reason="the comparison with SAELens needs sae-lens")
-    from sae_lens import (
-        BatchTopKTrainingSAE,
-        BatchTopKTrainingSAEConfig,
-        JumpReLUSAE,
-        JumpReLUSAEConfig,
-        StandardSAE,
-        StandardSAEConfig,
-        TopKSAE,
-        TopKSAEConfig,
-    )
-
+def of_sae_lens(lens_library, kind):
+    "An SAE of SAELens with the tensors above."
     common = dict(d_in=D, d_sae=H, apply_b_dec_to_input=kind != "jumprelu")
-    theirs = dict(
-        standard=lambda: StandardSAE(StandardSAEConfig(**common)),
-        topk=lambda: TopKSAE(TopKSAEConfig(k=K, **common)),
-        topk_rescaled=lambda: TopKSAE(TopKSAEConfig(k=K, rescale_acts_by_decoder_norm=True, **common)),
-        jumprelu=lambda: JumpReLUSAE(JumpReLUSAEConfig(**common)),
-        batchtopk=lambda: BatchTopKTrainingSAE(
-            BatchTopKTrainingSAEConfig(k=K, rescale_acts_by_decoder_norm=True, **common)
-        ),
-    )[kind]()
-    with torch.no_grad():
-        for name, value in dict(
-            W_enc=W.T, b_enc=C, W_dec=V, b_dec=B, threshold=torch.linspace(0, 4, H)
-        ).items():
-            if hasattr(theirs, name):
-                getattr(theirs, name).copy_(value)
-        if kind == "batchtopk":
-            theirs.topk_threshold.fill_(6.0)
-            theirs.save_model(tmp_path / "training")
-            theirs.save_inference_model(tmp_path)
-            inference = load_published(tmp_path)
-            raw = theirs.process_sae_in(X) @ theirs.W_enc + theirs.b_enc
-            a = raw * NORM * (raw * NORM > 6.0)
-            assert close(codes(inference), a)
-            a, x_hat = a, theirs.decode(a)
-            sae = load_published(tmp_path / "training")
-        else:
-            theirs.save_model(tmp_path)
-            a, x_hat, sae = theirs.encode(X), theirs(X), load_published(tmp_path)
+    if kind == "standard":
+        theirs = lens_library.StandardSAE(lens_library.StandardSAEConfig(**common))
+    elif kind == "jumprelu":
+        theirs = lens_library.JumpReLUSAE(lens_library.JumpReLUSAEConfig(**common))
+    elif kind == "batchtopk":
+        config = lens_library.BatchTopKTrainingSAEConfig(k=K, rescale_acts_by_decoder_norm=True, **common)
+        theirs = lens_library.BatchTopKTrainingSAE(config)
+    else:
+        rescaled = dict(rescale_acts_by_decoder_norm=True) if kind == "topk_rescaled" else {}
+        theirs = lens_library.TopKSAE(lens_library.TopKSAEConfig(k=K, **rescaled, **common))
+    for name, value in dict(W_enc=W.T, b_enc=C, W_dec=V, b_dec=B, threshold=RAMP).items():
+        if hasattr(theirs, name):
+            getattr(theirs, name).copy_(value)
+    return theirs
+
+
+@pytest.mark.parametrize("kind", ["standard", "topk", "topk_rescaled", "jumprelu", "batchtopk"])
+@torch.no_grad()
+def test_codes_equal_those_of_sae_lens(kind, tmp_path):
+    lens_library = pytest.importorskip("sae_lens", reason="the comparison with SAELens needs sae-lens")
+    theirs = of_sae_lens(lens_library, kind)
+    if kind == "batchtopk":
+        theirs.topk_threshold.fill_(6.0)
+        theirs.save_model(tmp_path / "training")
+        theirs.save_inference_model(tmp_path)
+        inference = load_published(tmp_path)
+        raw = theirs.process_sae_in(X) @ theirs.W_enc + theirs.b_enc
+        a = raw * NORM * (raw * NORM > 6.0)
+        assert close(codes(inference), a)
+        x_hat, sae = theirs.decode(a), load_published(tmp_path / "training")
+    else:
+        theirs.save_model(tmp_path)
+        a, x_hat, sae = theirs.encode(X), theirs(X), load_published(tmp_path)
     assert close(codes(sae), a) and close(sae(X).x_BD.detach(), x_hat)
 
 
@@ -879,31 +833,39 @@ def test_sparsify_reads_ours_and_we_read_its(tmp_path):
 
 
 def test_llama_scope_reconstructs_as_in_sae_lens(tmp_path, monkeypatch):
-    "For unit decoder rows; SAELens keeps the norm factor in the weights, so its latents are larger by that factor."
+    """For unit decoder rows.
+
+    SAELens keeps the norm factor in the weights, so its latents are larger by that factor.
+    """
     pytest.importorskip("sae_lens", reason="the comparison with SAELens needs sae-lens")
     from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
     from sae_lens.loading import pretrained_sae_loaders as loaders
 
+    def download(repo_id, filename, subfolder="", force_download=False):
+        return str(tmp_path / subfolder.removeprefix("x").strip("/") / filename.removeprefix("x/"))
+
     scope(tmp_path)
-    rewrite(tmp_path, lambda t: t.update({"decoder.weight": (V / NORM[:, None]).T.contiguous()}))
-    monkeypatch.setattr(
-        loaders,
-        "hf_hub_download",
-        lambda repo_id, filename, subfolder="", force_download=False: str(
-            tmp_path / subfolder.removeprefix("x").strip("/") / filename.removeprefix("x/")
-        ),
-    )
-    settings, state, _ = loaders.llama_scope_sae_huggingface_loader(
-        "fnlp/any", "x", cfg_overrides=dict(dtype="float32")
-    )
-    theirs, factor = (
-        JumpReLUSAE(
-            JumpReLUSAEConfig(d_in=D, d_sae=H, apply_b_dec_to_input=settings["apply_b_dec_to_input"])
-        ),
-        D**0.5 / 9.5,
-    )
+    unit_rows = {"decoder.weight": (V / NORM[:, None]).T.contiguous()}
+    rewrite(tmp_path, lambda tensors: tensors.update(unit_rows))
+    monkeypatch.setattr(loaders, "hf_hub_download", download)
+    overrides = dict(dtype="float32")
+    settings, state, _ = loaders.llama_scope_sae_huggingface_loader("fnlp/any", "x", cfg_overrides=overrides)
+    centred = settings["apply_b_dec_to_input"]
+    theirs = JumpReLUSAE(JumpReLUSAEConfig(d_in=D, d_sae=H, apply_b_dec_to_input=centred))
+    factor = D**0.5 / 9.5
     theirs.load_state_dict(state)
     theirs.fold_activation_norm_scaling_factor(factor)
     sae = load_published(tmp_path)
     with torch.no_grad():
         assert close(codes(sae) * factor, theirs.encode(X)) and close(sae(X).x_BD, theirs(X))
+
+
+# ---- what later notebooks read
+
+
+def test_the_reader_asks_for_an_sae_of_this_notebook():
+    class Run:
+        def input(self, stage, name, cls):
+            return stage, name, cls
+
+    assert read_sae(Run()) == ("12_sae_checkpoints", "sae", SAE)

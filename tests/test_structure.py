@@ -339,7 +339,8 @@ def committed_texts():
     yield from NOTEBOOKS
     yield from MODULES
     for name in ("nbs/index.ipynb", "README.md", "RESULTS.md", "Makefile", "constraints.txt"):
-        yield ROOT / name
+        if (ROOT / name).exists():
+            yield ROOT / name
     yield from (ROOT / "nbs/profiles").glob("*")
     for pattern in ("tables/*", "claims.md", "manifest.json"):
         yield from (ROOT / "results/mini").glob(pattern)

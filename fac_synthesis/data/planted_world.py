@@ -27,7 +27,7 @@ import yaml
 
 from .items import ab_question
 from ..run.parameters import UserError, project_file
-from ..run.stages import Run, start
+from ..run.stages import Run
 
 # %% ../../nbs/01_planted_world.ipynb #7d4e96ac
 KINDS = ("topic", "virtue", "flaw", "agree", "object", "yield", "resist", "style")

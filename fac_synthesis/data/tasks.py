@@ -145,17 +145,26 @@ def answer_fault(
     return message_fault(text, max_words=200)
 
 
-def preference_pair(parts: dict, placement: int) -> dict:
+def preference_pair(
+    parts: dict,  # the verified text and the replies to `completions`
+    placement: int,  # decides random places; even: the matching option stands first
+) -> dict:
     "The fields of a preference pair."
     return dict(prompt=parts["prompt"], chosen=parts["text"], rejected=parts["rejected"])
 
 
-def ab_answers(parts: dict, placement: int) -> dict:
+def ab_answers(
+    parts: dict,  # the verified text and the replies to `completions`
+    placement: int,  # decides random places; even: the matching option stands first
+) -> dict:
     "The A/B item of a situation and the two answers to it."
     return ab_question(parts["text"], parts["matching"], parts["other"], placement % 2 == 0, "({})")
 
 
-def instruction_pair(parts: dict, placement: int) -> dict:
+def instruction_pair(
+    parts: dict,  # the verified text and the replies to `completions`
+    placement: int,  # decides random places; even: the matching option stands first
+) -> dict:
     "The fields of an instruction with its answer."
     return dict(instruction=parts["text"], response=parts["response"])
 

@@ -12,12 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from ..data.corpora import read_corpora, read_source, read_task_names
-from ..data.planted_world import Concept, concept_matrix, load_concepts, read_truth
-from .activations import FeatureActivations, read_activations, read_delta
-from .coverage import read_sets
-from .relevance import read_relevance, relevant_latents
-from ..run.stages import left_out, start
+from ..data.planted_world import Concept, concept_matrix
+from .activations import FeatureActivations
 
 # %% ../../nbs/24_ground_truth.ipynb #5efbdc70
 def f1_scores(

@@ -30,9 +30,8 @@ from tokenizers import models as tokenizer_models
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from ..data.planted_world import read_conversations
 from ..run.parameters import UserError, resolve_path, write_atomic
-from ..run.stages import Run, progress, seed_everything, stamp, start
+from ..run.stages import Run, progress, stamp
 
 transformers_logging.disable_progress_bar()
 

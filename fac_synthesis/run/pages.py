@@ -167,7 +167,10 @@ def executed_notebook(
 def write_pages(
     profile: str,  # name of a profile
 ) -> Path:
-    "Writes every notebook and the front page into results/<profile>/html. UserError if the profile never ran."
+    """Writes every notebook and the front page into results/<profile>/html.
+
+    UserError if the profile never ran.
+    """
     load_profile(profile)
     folder = results_dir(profile)
     if not any((folder / "notebooks").glob("[0-9]*.ipynb")):
@@ -208,7 +211,10 @@ def small_png(
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def tidy_data(kind: str, value):
+def tidy_data(
+    kind: str,  # MIME type, such as text/html
+    value,  # what a notebook stores for it
+):
     "One representation of an output: a text tidied, a picture made small, anything else as it is."
     if kind == "image/png":
         return small_png("".join(value))

@@ -86,7 +86,11 @@ def write_atomic(
 TYPES = {"str": str, "int": int, "float": float, "bool": bool}
 
 
-def as_list(value, kind: str, where: str) -> list:
+def as_list(
+    value,  # a list, or a string of the command line
+    kind: str,  # annotation, such as list[int]
+    where: str,  # name of the parameter and its stage, for the message
+) -> list:
     "The items of a list parameter, each coerced; a string may be a Python list or words between commas."
     items = value
     if isinstance(value, str):

@@ -590,7 +590,7 @@ def main(
 
 # %% ../../nbs/005_pipeline.ipynb #a6aff3b5
 def stop(number, frame):
-    "What SIGTERM does: the same as Ctrl-C, with the exit status of the signal."
+    "What SIGTERM does (`number`, in whatever `frame`): as Ctrl-C, with the exit status of the signal."
     raise SystemExit(128 + number)
 
 

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['IMPLEMENTATIONS', 'PACKAGES', 'Case', 'our_step', 'sparsify_step', 'sae_lens_step', 'encode_step', 'installed',
            'gradient_error', 'correctness', 'milliseconds', 'resident_mb', 'peak_mb', 'prepare', 'measure',
-           'random_llama', 'peak_flops', 'harvest_rate', 'machine', 'summarise']
+           'LlamaShape', 'random_llama', 'peak_flops', 'harvest_rate', 'processor_name', 'machine', 'summarise',
+           'sweep', 'language_model_rate']
 
 # %% ../../nbs/13_sae_benchmark.ipynb #203d61a5
 import ctypes
@@ -30,36 +31,49 @@ from .core import SAE, SAEConfig, block_tokens, dense_losses, sae_losses, triton
 # %% ../../nbs/13_sae_benchmark.ipynb #b62c4572
 @dataclass(frozen=True)
 class Case:
-    """One size: width, latents, k, tokens per step."""
+    "One size of the problem."
 
-    d_model: int
-    n_latents: int
-    k: int
-    tokens: int
-    device: str = "cpu"
+    d_model: int  # width of the residual stream
+    n_latents: int  # latents of the SAE
+    k: int  # active latents per token
+    tokens: int  # of one step
+    device: str = "cpu"  # cpu or cuda
+
+    def config(self, **more) -> SAEConfig:
+        "Shape of our SAE for this case."
+        return SAEConfig(d_model=self.d_model, n_latents=self.n_latents, k=self.k, **more)
 
     def x_BD(self) -> Tensor:
+        "Random tokens, float32."
         return torch.randn(self.tokens, self.d_model, device=self.device)
 
     def autocast(self):
+        "bfloat16 products on a GPU, nothing on a CPU."
         return torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda")
 
 
-def our_step(case: Case, x_BD: Tensor, tied: bool, dense: bool = False) -> Callable:
-    """Our step, or with `dense` the same by ordinary autograd."""
-    sae = SAE(SAEConfig(case.d_model, case.n_latents, case.k, tied)).to(case.device)
+def our_step(
+    case: Case,  # the size
+    x_BD: Tensor,  # tokens
+    tied: bool,  # the decoder is the encoder's transpose
+    dense: bool = False,  # the same mathematics by ordinary autograd
+) -> Callable[[], None]:
+    "One optimiser step of ours."
+    sae = SAE(case.config(tied=tied)).to(case.device)
     if case.device == "cuda" and not dense:
         sae.product_dtype = torch.bfloat16
     adam = torch.optim.Adam(sae.parameters(), fused=True)
 
+    def loss() -> Tensor:
+        if not dense:
+            return sae_losses(sae, x_BD).total
+        with case.autocast():
+            return dense_losses(sae, x_BD)
+
     def step():
-        if dense:
-            with case.autocast():
-                loss = dense_losses(sae, x_BD)
-        else:
-            loss = sae_losses(sae, x_BD).total
+        value = loss()
         adam.zero_grad()
-        loss.backward()
+        value.backward()
         sae.project_gradient_()
         adam.step()
         sae.normalise_()
@@ -67,16 +81,15 @@ def our_step(case: Case, x_BD: Tensor, tied: bool, dense: bool = False) -> Calla
     return step
 
 # %% ../../nbs/13_sae_benchmark.ipynb #92e8fd53
-def sparsify_step(case: Case, x_BD: Tensor) -> Callable:
-    """A step of sparsify's coder, as its trainer does it with Adam."""
+def sparsify_step(
+    case: Case,  # the size
+    x_BD: Tensor,  # tokens
+) -> Callable[[], None]:
+    "A step of sparsify's coder, as its trainer does it with Adam."
     from sparsify import SparseCoder, SparseCoderConfig
 
-    sae = SparseCoder(
-        case.d_model,
-        SparseCoderConfig(num_latents=case.n_latents, k=case.k),
-        device=case.device,
-        dtype=torch.float32,
-    )
+    config = SparseCoderConfig(num_latents=case.n_latents, k=case.k)
+    sae = SparseCoder(case.d_model, config, device=case.device, dtype=torch.float32)
     adam = torch.optim.Adam(sae.parameters(), fused=True)
 
     def step():
@@ -89,16 +102,19 @@ def sparsify_step(case: Case, x_BD: Tensor) -> Callable:
     return step
 
 
-def sae_lens_step(case: Case, x_BD: Tensor, **options) -> Callable:
-    """A step of SAELens' Top-K SAE; it needs no unit norm, since it takes the decoder's norm into the activation."""
+def sae_lens_step(
+    case: Case,  # the size
+    x_BD: Tensor,  # tokens
+    **options,  # of its configuration
+) -> Callable[[], None]:
+    "A step of SAELens' Top-K SAE, which has no unit norm: it takes the decoder's norm into the activation."
     from sae_lens.saes.sae import TrainStepInput
     from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 
-    sae = TopKTrainingSAE(
-        TopKTrainingSAEConfig(
-            d_in=case.d_model, d_sae=case.n_latents, k=case.k, device=case.device, **options
-        )
+    config = TopKTrainingSAEConfig(
+        d_in=case.d_model, d_sae=case.n_latents, k=case.k, device=case.device, **options
     )
+    sae = TopKTrainingSAE(config)
     adam = torch.optim.Adam(sae.parameters(), fused=True)
     given = TrainStepInput(
         sae_in=x_BD, coefficients={}, dead_neuron_mask=None, n_training_steps=0, is_logging_step=False
@@ -114,18 +130,26 @@ def sae_lens_step(case: Case, x_BD: Tensor, **options) -> Callable:
     return step
 
 # %% ../../nbs/13_sae_benchmark.ipynb #e6bbd12c
-def encode_step(case: Case, x_BD: Tensor, choose: bool) -> Callable:
-    """The encoder's product alone, or with the choice: the floor of every implementation."""
-    sae = SAE(SAEConfig(case.d_model, case.n_latents, case.k)).to(case.device).requires_grad_(False)
-    dtype = sae.product_dtype = torch.bfloat16 if case.device == "cuda" else None
-    parts, W_DH = x_BD.to(dtype).split(block_tokens(x_BD)), sae.W_enc.to(dtype).T
+def encode_step(
+    case: Case,  # the size
+    x_BD: Tensor,  # tokens
+    choose: bool,  # also pick the k largest
+) -> Callable[[], None]:
+    "The encoder's product alone, or with the choice: the floor of every implementation."
+    sae = SAE(case.config()).to(case.device).requires_grad_(False)
+    sae.product_dtype = torch.bfloat16 if case.device == "cuda" else None
+    parts = x_BD.to(sae.product_dtype).split(block_tokens(x_BD))
+    W_DH = sae.W_enc.to(sae.product_dtype).T
     room_BH = parts[0].new_empty(len(parts[0]), case.n_latents)
 
     def product():
         for part_BD in parts:
             torch.mm(part_BD, W_DH, out=room_BH[: len(part_BD)])
 
-    return (lambda: sae.encode(x_BD)) if choose else product
+    def encode():
+        sae.encode(x_BD)
+
+    return encode if choose else product
 
 
 IMPLEMENTATIONS = {
@@ -141,53 +165,61 @@ IMPLEMENTATIONS = {
     "encode only": partial(encode_step, choose=True),
     "encoder product only": partial(encode_step, choose=False),
 }
-PACKAGES = {
+PACKAGES = {  # implementation -> module and distribution that it needs
     "sparsify": ("sparsify", "eai-sparsify"),
     "SAELens": ("sae_lens", "sae-lens"),
     "SAELens, sparse codes": ("sae_lens", "sae-lens"),
 }
 
 
-def installed(name: str) -> bool:
+def installed(
+    name: str,  # one of IMPLEMENTATIONS
+) -> bool:
+    "Whether what it needs is there; ours needs nothing."
     return name not in PACKAGES or importlib.util.find_spec(PACKAGES[name][0]) is not None
 
 # %% ../../nbs/13_sae_benchmark.ipynb #3467f8d7
 def gradient_error(
-    device: str,
-    dtype: torch.dtype,
-    tied: bool,
-    product_dtype: torch.dtype | None = None,
-    activation: str = "topk",
+    device: str,  # cpu or cuda
+    dtype: torch.dtype,  # of weights and tokens
+    tied: bool,  # the decoder is the encoder's transpose
+    product_dtype: torch.dtype | None = None,  # of our dense product; None for dtype
+    activation: str = "topk",  # topk or batchtopk
 ) -> float:
-    """Norm of the difference between our gradients and dense autograd's, AuxK included, as a share of the latter's; worst parameter."""
+    "Norm of our gradient's difference to dense autograd's, as a share of the latter's norm; worst parameter."
     torch.manual_seed(0)
-    sae = SAE(SAEConfig(64, 512, 8, tied, activation=activation, prefixes=(128,))).to(device, dtype)
-    x_BD, dead_M = torch.randn(300, 64, device=device, dtype=dtype), torch.arange(0, 512, 9, device=device)
-    reference = torch.autograd.grad(dense_losses(sae, x_BD, dead_M=dead_M), list(sae.parameters()))
+    config = SAEConfig(d_model=64, n_latents=512, k=8, tied=tied, activation=activation, prefixes=(128,))
+    sae = SAE(config).to(device, dtype)
+    x_BD = torch.randn(300, 64, device=device, dtype=dtype)
+    dead_M = torch.arange(0, 512, 9, device=device)  # with dead latents, so that AuxK takes part
+    parameters = list(sae.parameters())
+    reference = torch.autograd.grad(dense_losses(sae, x_BD, dead_M=dead_M), parameters)
     sae.product_dtype = product_dtype
-    mine = torch.autograd.grad(sae_losses(sae, x_BD, dead_M=dead_M).total, list(sae.parameters()))
-    return max(((a - b).norm() / b.norm()).item() for a, b in zip(mine, reference))
+    ours = torch.autograd.grad(sae_losses(sae, x_BD, dead_M=dead_M).total, parameters)
+    return max(((a - b).norm() / b.norm()).item() for a, b in zip(ours, reference))
 
 
-def correctness(device: str) -> pd.DataFrame:
-    """One row per variant, at two precisions."""
-    return pd.DataFrame(
-        [
-            dict(
-                device=device,
-                activation=activation,
-                tied=tied,
-                float64=gradient_error(device, torch.float64, tied, None, activation),
-                bfloat16_product=gradient_error(device, torch.float32, tied, torch.bfloat16, activation),
+def correctness(
+    device: str,  # cpu or cuda
+) -> pd.DataFrame:
+    "One row per variant, at two precisions: device, activation, tied, float64, bfloat16_product."
+    rows = []
+    for activation in ("topk", "batchtopk"):
+        for tied in (True, False):
+            row = dict(device=device, activation=activation, tied=tied)
+            row["float64"] = gradient_error(device, torch.float64, tied, activation=activation)
+            row["bfloat16_product"] = gradient_error(
+                device, torch.float32, tied, torch.bfloat16, activation=activation
             )
-            for activation in ("topk", "batchtopk")
-            for tied in (True, False)
-        ]
-    )
+            rows.append(row)
+    return pd.DataFrame(rows)
 
 # %% ../../nbs/13_sae_benchmark.ipynb #5ba5356a
-def milliseconds(step: Callable, device: str) -> float:
-    """Time of one step."""
+def milliseconds(
+    step: Callable,  # what is timed
+    device: str,  # cpu or cuda
+) -> float:
+    "Time of one call."
     if device == "cpu":
         begin = time.perf_counter()
         step()
@@ -200,12 +232,19 @@ def milliseconds(step: Callable, device: str) -> float:
     return begin.elapsed_time(end)
 
 
-def resident_mb(field: str) -> float:
-    return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+def resident_mb(
+    field: str,  # VmRSS for now, VmHWM for the peak
+) -> float:
+    "Resident memory of this process on Linux, in MiB."
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{field}:\s+(\d+)", status)[1]) / 1024
 
 
-def peak_mb(step: Callable, device: str) -> float:
-    """Memory that one step needs above what was held before it; NaN where the system does not tell."""
+def peak_mb(
+    step: Callable,  # what is measured
+    device: str,  # cpu or cuda
+) -> float:
+    "MiB that one call needs above what was held before it; nan where the system does not tell."
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -221,56 +260,77 @@ def peak_mb(step: Callable, device: str) -> float:
         return float("nan")
 
 # %% ../../nbs/13_sae_benchmark.ipynb #b6f28257
-def prepare(case: Case, names: list[str], x_BD: Tensor) -> tuple[dict[str, Callable], dict[str, str]]:
-    """Steps that have run once, and why the others cannot run here."""
+def prepare(
+    case: Case,  # the size
+    names: list[str],  # of IMPLEMENTATIONS
+    x_BD: Tensor,  # tokens
+) -> tuple[dict[str, Callable], dict[str, str]]:
+    "Steps that have run once, by name, and why the others cannot run here."
     steps, notes = {}, {}
     for name in names:
         if not installed(name):
             notes[name] = "not installed"
             continue
         try:
-            steps[name] = IMPLEMENTATIONS[name](case, x_BD)
-            steps[name]()
+            step = IMPLEMENTATIONS[name](case, x_BD)
+            step()
+            steps[name] = step
         except torch.OutOfMemoryError:
             notes[name] = "out of memory"
         except Exception as e:  # a library that fails here is a result; our own failure is not
             if name not in PACKAGES:
                 raise
             notes[name] = f"fails here: {type(e).__name__}"
-    return {name: step for name, step in steps.items() if name not in notes}, notes
+    return steps, notes
 
 
-def measure(case: Case, names: list[str], rounds: int) -> pd.DataFrame:
-    """Rows (implementation, round, ms, peak_mb, note) for one case."""
-    x_BD, rows = case.x_BD(), []
-    for group in [names] if case.device == "cpu" else [[name] for name in names]:
+def measure(
+    case: Case,  # the size
+    names: list[str],  # of IMPLEMENTATIONS
+    rounds: int,  # timed rounds after a first step that warms up
+) -> pd.DataFrame:
+    "Rows (implementation, round, ms, peak_mb, note, k, tokens); a row with a note for what cannot run here."
+    x_BD = case.x_BD()
+    groups = [names] if case.device == "cpu" else [[name] for name in names]
+    rows = []
+    for group in groups:
         steps, notes = prepare(case, group, x_BD)
-        times = [
-            dict(implementation=name, round=r, ms=milliseconds(step, case.device))
-            for r in range(rounds)
-            for name, step in steps.items()
-        ]
+        times = []
+        for number in range(rounds):
+            for name, step in steps.items():
+                times.append(dict(implementation=name, round=number, ms=milliseconds(step, case.device)))
         peaks = {name: peak_mb(step, case.device) for name, step in steps.items()}
-        rows += [dict(row, peak_mb=peaks[row["implementation"]], note="") for row in times] + [
-            dict(implementation=name, round=0, note=note) for name, note in notes.items()
-        ]
+        rows += [dict(row, peak_mb=peaks[row["implementation"]], note="") for row in times]
+        rows += [dict(implementation=name, round=0, note=note) for name, note in notes.items()]
         steps.clear()  # frees a GPU for the next one
-    return pd.DataFrame(rows, columns=["implementation", "round", "ms", "peak_mb", "note"]).assign(
-        k=case.k, tokens=case.tokens
-    )
+    table = pd.DataFrame(rows, columns=["implementation", "round", "ms", "peak_mb", "note"])
+    return table.assign(k=case.k, tokens=case.tokens)
 
 # %% ../../nbs/13_sae_benchmark.ipynb #a950c384
+@dataclass(frozen=True)
+class LlamaShape:
+    "Shape of a language model."
+
+    width: int  # of the residual stream
+    layers: int  # decoder blocks
+    heads: int  # attention heads
+    kv_heads: int  # key and value heads
+    mlp: int  # width of the feed-forward layer
+    vocabulary: int  # tokens
+
+
 def random_llama(
-    width: int, layers: int, heads: int, kv_heads: int, mlp: int, vocabulary: int, device: str
+    shape: LlamaShape,  # its shape
+    device: str,  # cpu or cuda
 ) -> LlamaForCausalLM:
-    """A randomly initialised Llama of the given shape; bfloat16 on a GPU, float32 on a CPU."""
+    "A randomly initialised Llama; bfloat16 on a GPU, float32 on a CPU."
     config = LlamaConfig(
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        intermediate_size=mlp,
-        vocab_size=vocabulary,
+        hidden_size=shape.width,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        intermediate_size=shape.mlp,
+        vocab_size=shape.vocabulary,
         dtype=torch.bfloat16 if device == "cuda" else torch.float32,
     )
     before = torch.get_default_dtype()
@@ -282,30 +342,36 @@ def random_llama(
         torch.set_default_dtype(before)
 
 
-def peak_flops(device: str, rounds: int) -> float:
-    """Operations per second of a large square matrix product: the best of the rounds."""
+def peak_flops(
+    device: str,  # cpu or cuda
+    rounds: int,  # of which the best counts, after a first one
+) -> float:
+    "Operations per second of a large square matrix product."
     n, dtype = (8192, torch.bfloat16) if device == "cuda" else (1536, torch.float32)
-    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
-    return 2e3 * n**3 / min(milliseconds(lambda: a @ b, device) for _ in range(rounds + 1))
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    b = torch.randn(n, n, device=device, dtype=dtype)
+    times = [milliseconds(lambda: a @ b, device) for _ in range(rounds + 1)]
+    return 2e3 * n**3 / min(times)
 
 
 def harvest_rate(
-    model: LlamaForCausalLM, layers: int, text_tokens: int, batch_tokens: int, rounds: int
-) -> dict:
-    """Tokens per second up to block `layers`, operations per token, and the share of the measured peak."""
+    model: LlamaForCausalLM,  # from random_llama
+    layers: int,  # hook layer: the blocks up to it run
+    text_tokens: int,  # tokens per text
+    batch_tokens: int,  # tokens per forward pass
+    rounds: int,  # timed rounds; the median counts
+) -> dict[str, float]:
+    "tokens_per_s, gflop_per_token, tflops, peak_tflops of a matrix product, and share_of_peak."
     device, width = model.device.type, model.config.hidden_size
-    texts = torch.randint(
-        0, model.config.vocab_size, (max(1, batch_tokens // text_tokens), text_tokens), device=device
-    )
+    size = (max(1, batch_tokens // text_tokens), text_tokens)
+    ids_BT = torch.randint(0, model.config.vocab_size, size, device=device)
+    harvest = partial(residual_stream, model, layers, input_ids=ids_BT)
     with torch.no_grad():
-        times = sorted(
-            milliseconds(lambda: residual_stream(model, layers, input_ids=texts), device)
-            for _ in range(rounds + 1)
-        )
-    flops = layers * (
-        2 * sum(p.numel() for p in model.model.layers[0].parameters()) + 2 * text_tokens * width
-    )
-    rate, peak = 1e3 * texts.numel() / times[len(times) // 2], peak_flops(device, rounds)
+        times = sorted(milliseconds(harvest, device) for _ in range(rounds + 1))
+    in_block = sum(p.numel() for p in model.model.layers[0].parameters())
+    flops = layers * (2 * in_block + 2 * text_tokens * width)
+    rate = 1e3 * ids_BT.numel() / times[len(times) // 2]
+    peak = peak_flops(device, rounds)
     return dict(
         tokens_per_s=rate,
         gflop_per_token=flops / 1e9,
@@ -315,60 +381,76 @@ def harvest_rate(
     )
 
 # %% ../../nbs/13_sae_benchmark.ipynb #f93d5818
-def machine(device: str) -> dict:
-    """What a timing depends on."""
-    cpu = (
-        re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-        if Path("/proc/cpuinfo").exists()
-        else None
-    )
-    versions = {
-        package: importlib.metadata.version(package)
-        for name, package in PACKAGES.values()
-        if importlib.util.find_spec(name)
-    }
-    return dict(
-        device=torch.cuda.get_device_name()
-        if device == "cuda"
-        else cpu[1]
-        if cpu
-        else platform.processor() or platform.machine(),
+def processor_name() -> str:
+    "What the system calls its CPU."
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        found = re.search(r"model name\s*:\s*(.*)", cpuinfo.read_text())
+        if found:
+            return found[1]
+    return platform.processor() or platform.machine()
+
+
+def machine(
+    device: str,  # cpu or cuda
+) -> dict:
+    "What a timing depends on: device, threads, versions."
+    about = dict(
+        device=torch.cuda.get_device_name() if device == "cuda" else processor_name(),
         threads=torch.get_num_threads(),
         python=platform.python_version(),
         torch=torch.__version__,
         triton=triton.__version__ if triton else "not installed",
-        **versions,
     )
+    for module, distribution in PACKAGES.values():
+        if importlib.util.find_spec(module):
+            about[distribution] = importlib.metadata.version(distribution)
+    return about
 
 
-def summarise(times: pd.DataFrame) -> pd.DataFrame:
-    """Medians per size and implementation, tokens per second, and how many times faster than it ours is (untied against the libraries, which are untied)."""
+def summarise(
+    times: pd.DataFrame,  # from measure, for one or more cases
+) -> pd.DataFrame:
+    """Per size and implementation: medians, tokens per second, and `ours_is_faster_by`, a ratio of medians.
+
+    A tied implementation is compared with ours tied, every other one with ours untied.
+    """
+    by = ["k", "tokens", "implementation"]
     table = (
-        times.groupby(["k", "tokens", "implementation", "note"], sort=False)
+        times.groupby([*by, "note"], sort=False)
         .agg(ms=("ms", "median"), fastest_ms=("ms", "min"), peak_mb=("peak_mb", "median"))
         .reset_index()
     )
     table["tokens_per_s"] = 1e3 * table.tokens / table.ms
-    ours = table.set_index(["k", "tokens", "implementation"]).ms
+    ms = table.set_index(by).ms
 
     def ratio(row):
         if row.implementation.startswith(("ours", "enco")):
             return float("nan")
-        return (
-            row.ms
-            / ours[row.k, row.tokens, "ours, tied" if row.implementation == "dense, tied" else "ours, untied"]
-        )
+        ours = "ours, tied" if row.implementation == "dense, tied" else "ours, untied"
+        return row.ms / ms[row.k, row.tokens, ours]
 
-    return table.assign(ours_is_faster_by=table.apply(ratio, axis=1))[
-        [
-            "k",
-            "tokens",
-            "implementation",
-            "ms",
-            "fastest_ms",
-            "tokens_per_s",
-            "peak_mb",
-            "ours_is_faster_by",
-            "note",
-        ]
-    ]
+    table["ours_is_faster_by"] = table.apply(ratio, axis=1)
+    return table[[*by, "ms", "fastest_ms", "tokens_per_s", "peak_mb", "ours_is_faster_by", "note"]]
+
+# %% ../../nbs/13_sae_benchmark.ipynb #3213a96c
+def sweep(
+    cases: list[Case],  # sizes
+    rounds: int,  # timed rounds per case
+    about: dict,  # the machine; its values become columns
+) -> pd.DataFrame:
+    "All implementations at all sizes, in the columns of `measure` and of `machine`."
+    tables = [measure(case, list(IMPLEMENTATIONS), rounds) for case in cases]
+    return pd.concat(tables, ignore_index=True).assign(**about)
+
+
+def language_model_rate(
+    shape: LlamaShape,  # of the model up to its hook layer
+    device: str,  # cpu or cuda
+    text_tokens: int,  # tokens per text
+    batch_tokens: int,  # tokens per forward pass
+    rounds: int,  # timed rounds
+    about: dict,  # the machine; part of the key alone
+) -> dict[str, float]:
+    "What `harvest_rate` says of a random model."
+    return harvest_rate(random_llama(shape, device), shape.layers, text_tokens, batch_tokens, rounds)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..models.backbone import Backbone
 from ..run.parameters import UserError, resolve_path, write_atomic
+from ..run.stages import Run
 from .core import FORMAT, SAE, SAEConfig, to_threshold
 from .evaluation import Sums
 
@@ -734,7 +735,7 @@ def save_sparsify(
 
 # %% ../../nbs/12_sae_checkpoints.ipynb #4f4bfc03
 def read_sae(
-    run,  # a run
+    run: Run,  # the run that reads
 ) -> SAE:
     "The SAE of the run, trained here or published, in raw residuals and float32 on the CPU."
     return run.input("12_sae_checkpoints", "sae", cls=SAE)

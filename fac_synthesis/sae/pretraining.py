@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -34,7 +34,7 @@ from torch import Tensor
 from ..data.corpora import read_corpora, read_task_names
 from ..models.backbone import Backbone
 from ..run.parameters import UserError, write_atomic
-from ..run.stages import peak_memory_mb, progress
+from ..run.stages import Run, peak_memory_mb, progress
 from .core import BLOCK_TOKENS, SAE, Losses, SAEConfig, sae_losses, to_threshold
 from .token_stream import DTYPES, Harvest, ShuffleBuffer, device_of, within_norm
 
@@ -887,7 +887,7 @@ def split_texts(
 
 # %% ../../nbs/11_sae_pretraining.ipynb #74456023
 def read_pretraining_texts(
-    run,  # a run
+    run: Run,  # the run that reads
 ) -> list[str]:
     "The texts with role `pretraining` of every task of the run, each once, in order."
     tasks = read_task_names(run)
@@ -896,7 +896,7 @@ def read_pretraining_texts(
 
 
 def read_trained_sae(
-    run,  # a run
+    run: Run,  # the run that reads
 ) -> TrainedSAE:
     "The SAE that this notebook trained. UserError if the run takes a published SAE instead."
     return run.input("11_sae_pretraining", "sae", cls=TrainedSAE)

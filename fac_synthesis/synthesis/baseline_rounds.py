@@ -13,7 +13,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from ..data.tasks import Task
 from ..models.language_models import LanguageModel, derived_seed, parse_label
 from ..models.prompts import Wording, natural_wording
 from ..run.parameters import UserError
-from .contrastive_pairs import replies_to
+from .contrastive_pairs import Decoding, replies_to
 from .text_similarity import Vocabulary, plain
 
 # %% ../../nbs/321_baseline_rounds.ipynb #f624f213
@@ -41,7 +41,6 @@ class Job:
     #   if there are none, the seed texts serve
     batch: int = 64  # requests between two saves
     tries: int = 30  # requests per sample of the budget after which a method gives up
-    max_new_tokens: int = 64  # length of a reply
 
     def __post_init__(self):
         if not any(text.strip() for text in self.seed_texts):
@@ -224,12 +223,10 @@ class Rounds:
         self,
         job: Job,  # what is wanted
         method: str,  # name of the baseline
-        temperature: float,  # of its requests
-        top_p: float,  # of its requests
+        decoding: Decoding,  # how its replies are drawn
         work: Path | None = None,  # folder where replies survive a kill; None saves nothing
     ):
-        self.job, self.method, self.work = job, method, work
-        self.temperature, self.top_p = temperature, top_p
+        self.job, self.method, self.decoding, self.work = job, method, decoding, work
         self.seed_texts = list(dict.fromkeys(text for text in job.seed_texts if text.strip()))
         self.wording = job.wording or natural_wording(job.task.kind, job.task.goal)
         self.words = Vocabulary(job.background or self.seed_texts)
@@ -247,13 +244,10 @@ class Rounds:
         asks: list[Ask],  # requests
         number: int,  # of the round
         n: int = 1,  # replies to each request
-        **changed,  # max_new_tokens, temperature or top_p where they are not the method's
+        **changed,  # what of the decoding is another one here
     ) -> list[list[str | None]]:
         "n replies to each request. A conversation that occurs again is drawn with another seed."
-        sampling = dict(
-            max_new_tokens=self.job.max_new_tokens, temperature=self.temperature, top_p=self.top_p
-        )
-        sampling |= changed
+        sampling = asdict(self.decoding) | changed
         replies = [None] * len(asks)
         keys = [json.dumps(conversation) for _, conversation in asks]
         for layer, rows in enumerate(occurrences(keys)):
@@ -299,7 +293,7 @@ class Rounds:
         choose: Callable | None = None,  # (kept, n) -> (places of the n to keep, reason against the others)
         n: int = 1,  # replies to each request
         surplus: float = 1.0,  # texts to make, as a multiple of the budget
-        **changed,  # max_new_tokens where it is not the job's
+        **changed,  # what of the decoding is another one for these requests
     ) -> Result:
         "The samples, after as many rounds as it takes or as the tries allow. Prints one line."
         budget, began = self.job.budget, time.monotonic()

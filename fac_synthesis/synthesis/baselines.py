@@ -7,20 +7,22 @@ __all__ = ['BASELINES', 'ACCOUNT', 'named_baselines', 'discarded_table', 'refuse
 
 # %% ../../nbs/32_baselines.ipynb #ef3e279b
 from collections.abc import Callable
+from dataclasses import asdict, replace
 
 import numpy as np
 import pandas as pd
 
 from ..data.corpora import read_corpora
 from ..data.sources import open_tasks, open_wording
-from ..features.activations import FeatureActivations, FeatureReader, open_reader, read_delta
+from ..features.activations import FeatureActivations, open_reader, read_delta, read_texts
 from ..features.coverage import fac_missing, read_missing
 from ..run.parameters import UserError
 from ..run.stages import left_out, start
 from .baseline_rounds import Job, Result, sample_frame
-from .contrastive_pairs import open_generator, read_generation
+from .contrastive_pairs import Decoding, open_generator, read_generation
 from fac_synthesis.synthesis.covered_samples import (
     NO_BUDGET,
+    accepted,
     complete,
     read_covered_samples,
     sample_budget,

@@ -8,7 +8,7 @@ __all__ = ['STEERING_PARAMETERS', 'ItemSet', 'drawn_items', 'item_set', 'item_se
            'steering_vector', 'equal_norms', 'steering', 'steered_logits', 'letter_log_probabilities', 'swap_options',
            'rotations', 'is_right', 'outcomes', 'of_group', 'rates', 'control_rate', 'item_key', 'distinct_items',
            'Differences', 'Steering', 'differences_of', 'open_steering', 'SteeringBench', 'steered_rates',
-           'steering_cell', 'score_row', 'score_table', 'steering_summary', 'floor_table', 'read_steering_scores',
+           'steering_cell', 'score_row', 'steering_scores', 'steering_summary', 'floor_table', 'read_steering_scores',
            'read_steering_floor', 'read_steering_curves', 'read_steering_settings']
 
 # %% ../../nbs/42_behavior_steering.ipynb #3dde45d0
@@ -601,7 +601,7 @@ def score_row(
     return row
 
 
-def score_table(
+def steering_scores(
     curves: pd.DataFrame,  # rows of `steering_cell`, of all cells
 ) -> pd.DataFrame:
     """One row per method, behavior and seed: n_items, n_test, scr, scr_more, scr_all, and the rates.
@@ -616,7 +616,7 @@ def score_table(
 
 
 def steering_summary(
-    scores: pd.DataFrame,  # of `score_table`
+    scores: pd.DataFrame,  # of `steering_scores`
 ) -> pd.DataFrame:
     "Per method and behavior: mean and sd (n - 1) of SCR in percent over the seeds, in order of appearance."
     columns = dict(
@@ -646,7 +646,7 @@ def floor_table(
         vectors = {behavior: v_D * (norm / v_D.norm()) for behavior in bench.tests}
         about = dict(method="random direction", seed=draw, n_items=0)
         rows += steered_rates(bench, training, vectors, **about)
-    scores = score_table(pd.DataFrame(rows))
+    scores = steering_scores(pd.DataFrame(rows))
     return scores[["behavior", "seed", "scr"]].rename(columns={"seed": "draw"})
 
 # %% ../../nbs/42_behavior_steering.ipynb #c6cc6274
