@@ -22,10 +22,11 @@ define STAGES
 41_reward_modeling:          02 03 31 32
 42_behavior_steering:        02 03 31 32
 43_instruction_following:    02 03 31 32
-50_what_predicts_performance: 02 33 40 41 42 43
+50_what_predicts_performance: 33 40 41 42 43
 51_missing_features:         02 03 23 31 32 40 41 42 43
 90_tables:                   21 22 31 40 41 42 43
 91_claims:                   40 41 42 43 50 51 90
+92_summary:                  02 03 12 20 23 31 40 41 42 43 91
 endef
 
 PROFILE = mini#   mini (any laptop), small (one GPU or patience, real data), paper (an 80 GB GPU)

@@ -2,6 +2,7 @@
 
 import json
 
+import pandas as pd
 import pytest
 import torch
 
@@ -9,7 +10,7 @@ from fac_synthesis.models.backbone import Backbone, tiny_model, word_tokenizer
 from fac_synthesis.models.language_models import LanguageModel
 from fac_synthesis.run import parameters, stages
 from fac_synthesis.run.parameters import UserError, declared_parameters
-from fac_synthesis.run.stages import start
+from fac_synthesis.run.stages import Run, start
 from fac_synthesis.sae.core import SAE, SAEConfig
 
 torch.set_num_threads(1)
@@ -127,3 +128,56 @@ def begin(project):
         return start(stage, {**defaults, **values})
 
     return run
+
+
+class Asked:
+    "Stands in for a run, and remembers what a reader asked it for."
+
+    def frame(self, stage, name, columns):
+        self.stage, self.kind, self.name, self.columns = stage, "table", name, columns
+        return pd.DataFrame({column: pd.Series(dtype=kind) for column, kind in columns.items()})
+
+    def input(self, stage, name, cls=None):
+        self.stage, self.kind, self.name, self.columns = stage, "artifact", name, {}
+
+    def setting(self, stage, name):
+        self.stage, self.kind, self.name, self.columns = stage, "parameter", name, {}
+
+
+@pytest.fixture
+def asked():
+    "asked(reader, ...): stage, kind, name and columns of what a reader asks a run for."
+
+    def by(reader, *arguments):
+        run = Asked()
+        reader(run, *arguments)
+        return run
+
+    return by
+
+
+@pytest.fixture
+def leave(asked):
+    """leave((value, reader, ...), ...): stages that have finished and left what their readers ask for.
+
+    A table gets the columns that it lacks; the value None leaves nothing. Returns the runs by stage.
+    """
+
+    def finished(*found, texts_may_be_shown=True):
+        wanted = [(value, asked(*reader_and_arguments)) for value, *reader_and_arguments in found]
+        parameters = {about.stage: dict(profile="mini", seed=0) for _, about in wanted}
+        for value, about in wanted:
+            if about.kind == "parameter":
+                parameters[about.stage][about.name] = value
+        runs = {stage: Run(stage, given) for stage, given in parameters.items()}
+        for value, about in wanted:
+            if about.kind == "parameter" or value is None:
+                continue
+            absent = {column: kind() for column, kind in about.columns.items() if column not in value}
+            runs[about.stage].keep(about.name, value.assign(**absent) if absent else value)
+        for run in runs.values():
+            run.note(texts_may_be_shown=texts_may_be_shown)
+            run.finish()
+        return runs
+
+    return finished

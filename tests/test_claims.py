@@ -1,11 +1,19 @@
 """Verdicts on small made-up evidence: nothing here comes from a run."""
 
-import json
+import itertools
 
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from fac_synthesis.data.sources import TASKS
+
+from fac_synthesis.data.corpora import PLANTED_NOTE
+from fac_synthesis.questions.missing_features import read_share_coverage, read_share_scores
+from fac_synthesis.questions.what_predicts_performance import read_correlations, read_leading_metric
+from fac_synthesis.results import claims
 from fac_synthesis.results.claims import (
     FAILS,
     FIXED,
@@ -31,6 +39,7 @@ from fac_synthesis.results.claims import (
     fac_leads,
     fac_predicts,
     fac_predicts_elsewhere,
+    forest_plot,
     items_table,
     judge,
     lora_beats_head,
@@ -38,6 +47,7 @@ from fac_synthesis.results.claims import (
     more_samples_help_less,
     only_ours_climbs,
     paired,
+    read_verdicts,
     seeds_matter_little,
     shares_rise,
     standard_exceeds_robust,
@@ -45,142 +55,139 @@ from fac_synthesis.results.claims import (
     two_steps_cover_more,
     weakest,
 )
+from fac_synthesis.run.artifacts import notebook_sources
 from fac_synthesis.run.parameters import UserError, published
-from fac_synthesis.run.stages import PLANTED_NOTE
-from fac_synthesis.tasks.scores import STEERING, TOXICITY, score_stages
-from threshold_curves import SEEDS, make_by_delta, make_by_samples
+from fac_synthesis.run.stages import Run
+from fac_synthesis.tasks.scores import COLUMNS, main_columns
+from fac_synthesis.tasks.toxicity import read_by_delta, read_by_samples
 
-from fac_synthesis import claims, experiment
-
-CLAIMS = published("claims")
+STAGE, CLAIMS, SEEDS = "91_claims", published("claims"), (42, 43, 44)
 NOISE = {"Baseline": (0, 1, 2), "Ours": (1, 2, 0), "Full Dataset": (2, 0, 1)}
 MEANS = {"Baseline": 40, "Magpie": 45, "Full Dataset": 50, "Ours": 60}
-SCORED = {
-    c: ("steering",)
-    if c.endswith("scr")
-    else ("LoRA",)
-    if c.startswith("instruction")
-    else ("LoRA", "head only")
-    for c in (
-        "toxicity_auprc",
-        "reward_accuracy",
-        "sycophancy_scr",
-        "survival_scr",
-        "instruction_lc",
-        "instruction_wr",
-    )
-}
+BOTH = ("LoRA", "head only")
+SCORED = dict(  # column -> its trainings
+    toxicity_auprc=BOTH,
+    reward_accuracy=BOTH,
+    sycophancy_scr=("steering",),
+    survival_scr=("steering",),
+    instruction_lc=("LoRA",),
+    instruction_wr=("LoRA",),
+)
 
 
-def make_scores(means=MEANS, columns=SCORED):
-    """All scores in one layout: means per method, three seeds one point apart; SD is 9 throughout."""
-    rows = [
-        dict(column=c, method=m, training=t, seed=s, value=mean + NOISE.get(m, (0, 0, 0))[i] - 1, n=50)
-        for c in columns
-        for t in SCORED[c]
-        for m, mean in means.items()
-        for i, s in enumerate(SEEDS)
-    ]
-    return pd.DataFrame(
-        rows
-        + [
-            dict(column="instruction_sd", method=m, training="LoRA", seed=s, value=9.0, n=50)
-            for m in means
-            for s in SEEDS
-        ]
-    )
+def make_scores(means=MEANS, columns=tuple(SCORED)):
+    "All scores in one layout: means per method, three seeds one point apart; SD is 9 throughout."
+    rows = []
+    for column in columns:
+        for training, (method, mean) in itertools.product(SCORED[column], means.items()):
+            about = dict(column=column, method=method, training=training, n=50)
+            noise = NOISE.get(method, (0, 0, 0))
+            rows += [dict(about, seed=s, value=mean + noise[i] - 1) for i, s in enumerate(SEEDS)]
+    for method, seed in itertools.product(means, SEEDS):
+        about = dict(column="instruction_sd", method=method, training="LoRA", n=50)
+        rows.append(dict(about, seed=seed, value=9.0))
+    return pd.DataFrame(rows)
 
 
 def make_coverage(
-    one=(28, 16, 12), two=(33, 18, 16), missing=40, deltas=(8.0, 10.0, 12.0), task="toxicity", more=0
+    one=(28, 16, 12),
+    two=(33, 18, 16),
+    missing=40,
+    deltas=(8.0, 10.0, 12.0),
+    task="toxicity",
+    more=0,
 ):
-    return pd.DataFrame(
-        [
-            dict(
-                task=task,
-                method=m,
-                delta=d,
-                activated=n,
-                missing=missing,
-                fac_missing=(n + more * (m == "one-step")) / missing,
-                fac_equal=n / missing,
-                n_kept=80,
-                n_equal=75,
-            )
-            for m, counts in (("one-step", one), ("two-step", two))
-            for d, n in zip(deltas, counts)
-        ]
-    )
+    "Activated features of both ways by threshold; `more` by all kept samples of one-step."
+    rows = []
+    for method, counts, beyond_equal in (("one-step", one, more), ("two-step", two, 0)):
+        about = dict(task=task, method=method, missing=missing, n_kept=80, n_equal=75)
+        for delta, n in zip(deltas, counts):
+            shares = dict(fac_missing=(n + beyond_equal) / missing, fac_equal=n / missing)
+            rows.append(dict(about, delta=delta, activated=n, **shares))
+    return pd.DataFrame(rows)
 
 
 def make_shares(columns=tuple(SCORED), each=(45.6, 46.6, 49.1), filled=(46.1, 47.0, 49.1), spread=0.02):
-    return pd.DataFrame(
-        [
-            dict(column=c, sampling=w, share=share, seed=s, score=v + spread * ((i + j) % 3))
-            for c in columns
-            for w, values in ((ONE_EACH, each), (FIXED, filled))
-            for i, (share, v) in enumerate(zip((0.3, 0.6, 1.0), values))
-            for j, s in enumerate(SEEDS)
-        ]
-    )
+    "Scores by share of the missing features, in both ways; seeds differ by `spread`."
+    rows = []
+    for column, (way, values) in itertools.product(columns, ((ONE_EACH, each), (FIXED, filled))):
+        for i, (share, value) in enumerate(zip((0.3, 0.6, 1.0), values)):
+            about = dict(column=column, sampling=way, share=share)
+            for j, seed in enumerate(SEEDS):
+                rows.append(dict(about, seed=seed, score=value + spread * ((i + j) % 3)))
+    return pd.DataFrame(rows)
+
+
+OTHER_METRICS = {
+    "Distinct-1": -0.6,
+    "Distinct-2": -0.4,
+    "POS tag Distinct-2": -0.6,
+    "MLS": -0.3,
+    "Trace": 0.3,
+    "Pairwise cosine distance": 0.3,
+    "Semantic entropy": 0.1,
+}
 
 
 def make_correlations(fac=0.95, half=0.03, **others):
-    """FAC in every task, and `others` (r by metric); the intervals have half-width `half`."""
-    names = {
-        "Distinct-1": -0.6,
-        "Distinct-2": -0.4,
-        "POS tag Distinct-2": -0.6,
-        "MLS": -0.3,
-        "Trace": 0.3,
-        "Pairwise cosine distance": 0.3,
-        "Semantic entropy": 0.1,
-    } | others
-    return pd.DataFrame(
-        [
-            dict(
-                task=t,
-                metric=m,
-                main=True,
-                n=8,
-                pearson=r,
-                pearson_low=r - half,
-                pearson_high=r + half,
-                spearman=r,
-                spearman_low=r - half,
-                spearman_high=r + half,
-                lead=abs(fac) - abs(r),
-                lead_low=abs(fac) - abs(r) - half,
-                lead_high=abs(fac) - abs(r) + half,
-            )
-            for t in TASKS
-            for m, r in {"FAC": fac, **names}.items()
-        ]
-    )
+    "FAC in every task, and `others` (r by metric); the intervals have half-width `half`."
+    rows = []
+    for task, (metric, r) in itertools.product(
+        main_columns(), {"FAC": fac, **OTHER_METRICS, **others}.items()
+    ):
+        lead = abs(fac) - abs(r)
+        row = dict(task=task, metric=metric, main=True, n=8)
+        for name, value in (("pearson", r), ("spearman", r), ("lead", lead)):
+            row |= {name: value, f"{name}_low": value - half, f"{name}_high": value + half}
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
-def make_curves(climbs={"Ours": 0.2, "Magpie": -0.1, "SAO": 0.0}, gap=0.2):
-    return pd.DataFrame(
-        [
-            dict(
-                method=m,
-                behavior=b,
-                options="two",
-                multiplier=x,
-                seed=s,
-                accuracy=0.4 + gap + climb * x + (i + (x > 0)) % 3 / 1e3,
-                robust=0.4 + climb * x + i / 1e3,
-            )
-            for m, climb in climbs.items()
-            for b in ("sycophancy", "survival-instinct")
-            for x in (-1.0, -0.5, 0.0, 0.5, 1.0)
-            for i, s in enumerate(SEEDS)
-        ]
-    )
+CLIMBS = {"Ours": 0.2, "Magpie": -0.1, "SAO": 0.0}
+MULTIPLIERS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 
 
-def evidence(**parts):
-    frames = dict(
+def make_curves(climbs=CLIMBS, gap=0.2):
+    "Accuracies by multiplier: robust rises by `climbs` per unit, the standard one lies `gap` above."
+    behaviors, rows = ("sycophancy", "survival-instinct"), []
+    for (method, climb), behavior, x in itertools.product(climbs.items(), behaviors, MULTIPLIERS):
+        about = dict(method=method, behavior=behavior, options="two", multiplier=x)
+        for i, seed in enumerate(SEEDS):
+            accuracy = 0.4 + gap + climb * x + (i + (x > 0)) % 3 / 1e3
+            rows.append(dict(about, seed=seed, accuracy=accuracy, robust=0.4 + climb * x + i / 1e3))
+    return pd.DataFrame(rows)
+
+
+def curve(x, values, n_samples, spread=0.02, **counts):
+    "`values` per x in percent; seeds differ by `spread` in another order at every x."
+    rows = []
+    for i, (k, value) in enumerate(values.items()):
+        n = n_samples[i]
+        known = {x: k, "n_samples": n, **{name: column[i] for name, column in counts.items()}}
+        des = value / np.log10(n) if n > 1 else np.nan
+        for j, seed in enumerate(SEEDS):
+            rows.append(dict(known, seed=seed, auprc=(value + spread * ((i + j) % 3)) / 100, des=des))
+    return pd.DataFrame(rows)
+
+
+DELTAS = (0.0, 0.5, 1.0, 1.5, 2.0, 4.0)
+FIGURE06 = (49.12, 46.85, 44.20, 45.47, 45.98, 43.23)  # AUPRC as published
+MISSING = (214, 182, 108, 110, 112, 60)  # as published
+
+
+def make_by_delta(values=FIGURE06, missing=MISSING, n_samples=(200, 170, 100, 100, 100, 50), **more):
+    "Scores by threshold."
+    return curve("delta", dict(zip(DELTAS, values)), n_samples, missing=missing, **more)
+
+
+def make_by_samples(values=(60.0, 62.0, 63.0, 63.5, 63.9), n_samples=(20, 40, 60, 80, 100), **more):
+    "Scores by samples per feature."
+    return curve("samples_per_feature", dict(enumerate(values, 1)), n_samples, **more)
+
+
+def made_up():
+    "A frame for every part of the evidence."
+    return dict(
         scores=make_scores(),
         coverage=make_coverage(),
         by_delta=make_by_delta(),
@@ -189,7 +196,10 @@ def evidence(**parts):
         correlations=make_correlations(),
         curves=make_curves(),
     )
-    return Evidence(**(frames | parts))
+
+
+def evidence(**parts):
+    return Evidence(**(made_up() | parts))
 
 
 def told(message):
@@ -207,9 +217,8 @@ def test_student_by_hand():
 def test_bootstrap_of_three_seeds_is_their_range_and_repeats():
     a, b = pd.Series({1: 3.0, 2: 4.0, 3: 5.0}), pd.Series(1.0, index=[1, 2, 3])
     how = Interval("bootstrap", 0.95, 2000, 1)
-    assert (paired(a, b, how).low, paired(a, b, how).high) == (2.0, 4.0) and paired(a, b, how) == paired(
-        a, b, how
-    )
+    assert (paired(a, b, how).low, paired(a, b, how).high) == (2.0, 4.0)
+    assert paired(a, b, how) == paired(a, b, how)
 
 
 def test_only_common_seeds_count():
@@ -228,10 +237,9 @@ def test_wrong_interval(how, words):
 
 def test_three_valued_and():
     assert (all_of([HOLDS, HOLDS]), all_of([HOLDS, OPEN]), all_of([OPEN, FAILS])) == (HOLDS, OPEN, FAILS)
-    assert (
-        weakest(dict(a=Difference(1, 0.5, 2), b=Difference(1, -1, 3), c=Difference(2, -2, 4))) == "c"
-        and weakest(dict(a=Difference(-1, -3, 1), b=Difference(-1, -2, -0.5))) == "b"
-    )
+    undecided = dict(a=Difference(1, 0.5, 2), b=Difference(1, -1, 3), c=Difference(2, -2, 4))
+    assert weakest(undecided) == "c", "the lowest of those that decide nothing"
+    assert weakest(dict(a=Difference(-1, -3, 1), b=Difference(-1, -2, -0.5))) == "b", "a failure weighs more"
 
 
 # ---- Claims
@@ -240,52 +248,38 @@ def test_three_valued_and():
 def test_every_claim_has_one_verdict_or_one_reason():
     assert sorted([*VERDICTS, *REASONS]) == CLAIMS.id.tolist()
     judged = judge(CLAIMS, evidence())
-    assert (
-        judged.id.tolist() == CLAIMS.id.tolist()
-        and judged.verdict.isin([HOLDS, FAILS, OPEN, UNTESTED]).all()
-        and judged.evidence.ne("").all()
-    )
-    assert set(judged.id[judged.verdict != UNTESTED]) == set(VERDICTS) and set(
-        judged.verdict[judged.id.isin(list(VERDICTS))]
-    ) <= {HOLDS, OPEN}
-    assert (judged.comparisons[judged.verdict == UNTESTED] == 0).all()
+    assert judged.id.tolist() == CLAIMS.id.tolist() and judged.evidence.ne("").all()
+    assert judged.verdict.isin([HOLDS, FAILS, OPEN, UNTESTED]).all()
+    assert set(judged.id[judged.verdict != UNTESTED]) == set(VERDICTS)
+    assert set(judged.verdict[judged.id.isin(list(VERDICTS))]) <= {HOLDS, OPEN}
+    untested = judged[judged.verdict == UNTESTED]
+    assert (untested.comparisons == 0).all() and untested[["mean", "low", "high"]].isna().all(axis=None)
+    decided = judged[judged.comparisons > 0]
+    assert (decided.low <= decided["mean"]).all() and (decided["mean"] <= decided.high).all()
+    counted = judged[(judged.verdict != UNTESTED) & (judged.comparisons == 0)]
+    assert set(counted.id) == {"C15", "C16"} and counted["mean"].isna().all(), "counts have no interval"
 
 
 def test_without_results_nothing_is_claimed():
     judged = judge(CLAIMS, Evidence())
     assert (judged.verdict == UNTESTED).all() and judged.evidence.ne("").all()
-    columns = Evidence(
-        scores=make_scores().head(0),
-        **{
-            k: v.head(0)
-            for k, v in dict(
-                coverage=make_coverage(),
-                by_share=make_shares(),
-                correlations=make_correlations(),
-                curves=make_curves(),
-                by_delta=make_by_delta(),
-                by_samples=make_by_samples(),
-            ).items()
-        },
-    )
-    assert (judge(CLAIMS, columns).verdict == UNTESTED).all()
+    columns_alone = Evidence(**{name: frame.head(0) for name, frame in made_up().items()})
+    assert (judge(CLAIMS, columns_alone).verdict == UNTESTED).all()
 
 
 def test_a_claim_nobody_wrote_a_test_for():
-    assert judge(CLAIMS.head(1).assign(id="C99"), Evidence()).evidence.tolist() == [
-        "no test is written for this claim"
-    ]
+    judged = judge(CLAIMS.head(1).assign(id="C99"), Evidence())
+    assert judged.evidence.tolist() == ["no test is written for this claim"]
 
 
 def test_decide_counts_and_names():
-    one = decide({"a": Difference(1, 0.5, 2)}, "told", ["b"])
-    assert one == Judged(HOLDS, "told; a +1.00 [+0.50, +2.00]; no value for b", 1)
+    difference = Difference(1, 0.5, 2)
+    one = decide({"a": difference}, "told", ["b"])
+    assert one == Judged(HOLDS, "told; a +1.00 [+0.50, +2.00]; no value for b", 1, difference)
     many = decide({str(i): Difference(i, i - 1.5, i + 1.5) for i in range(-2, 3)}, "")
-    assert (
-        many.verdict == FAILS
-        and many.comparisons == 5
-        and "1 above zero, 3 undecided, 1 below; deciding: -2" in many.evidence
-    )
+    assert many.verdict == FAILS and many.comparisons == 5
+    assert "1 above zero, 3 undecided, 1 below; deciding: -2" in many.evidence
+    assert many.deciding == Difference(-2, -3.5, -0.5)
     assert decide({"a": Difference(1, 0.5, 2)}, "", also=[OPEN]).verdict == OPEN
     with told("no value for x, y"):
         decide({}, "", ["x", "y"])
@@ -302,24 +296,14 @@ def test_decide_counts_and_names():
     ],
 )
 def test_best_method_flips(full, verdict, column, training):
-    result = best_method(evidence(scores=make_scores(MEANS | {"Full Dataset": full})), [column], (training,))
-    assert (
-        result.verdict == verdict
-        and result.comparisons == 3
-        and "Ours minus Baseline" in result.evidence
-        and f"{HOLDS} if Full Dataset, which has more samples, is left out" in result.evidence
-    )
-    fair = best_method(
-        evidence(scores=make_scores(MEANS | {"Full Dataset": full})),
-        [column],
-        (training,),
-        equal_budgets=True,
-    )
-    assert (
-        fair.verdict == HOLDS
-        and fair.comparisons == 2
-        and f"{verdict} if Full Dataset, which has more samples, is counted in" in fair.evidence
-    )
+    known = evidence(scores=make_scores(MEANS | {"Full Dataset": full}))
+    result = best_method(known, [column], (training,))
+    assert result.verdict == verdict and result.comparisons == 3
+    assert "Ours minus Baseline" in result.evidence
+    assert f"{HOLDS} if Full Dataset, which has more samples, is left out" in result.evidence
+    fair = best_method(known, [column], (training,), equal_budgets=True)
+    assert fair.verdict == HOLDS and fair.comparisons == 2
+    assert f"{verdict} if Full Dataset, which has more samples, is counted in" in fair.evidence
 
 
 def test_best_method_over_several_columns_and_with_gaps():
@@ -329,7 +313,8 @@ def test_best_method_over_several_columns_and_with_gaps():
     assert part.verdict == HOLDS and "no value for Ours and others in reward accuracy" in part.evidence
     scores = make_scores()
     scores.loc[(scores.method == "Magpie") & (scores.column == "toxicity_auprc"), "value"] = np.nan
-    assert "no value for Magpie in toxicity AUPRC" in best_method(evidence(scores=scores), both[:1]).evidence
+    lost = best_method(evidence(scores=scores), both[:1])
+    assert "no value for Magpie in toxicity AUPRC" in lost.evidence
     with told("Ours and others in toxicity AUPRC"):
         best_method(evidence(scores=make_scores({"Ours": 60})), both[:1])
     with told("Ours and others in toxicity AUPRC"):
@@ -341,36 +326,25 @@ def test_lora_against_head_flips(shift, verdict):
     scores = make_scores()
     lora = scores.training == "LoRA"
     scores.loc[lora, "value"] += shift + 0.1 * (scores.seed[lora] - 43)
-    assert (
-        lora_beats_head(evidence(scores=scores)).verdict == verdict
-        and lora_beats_head(evidence(scores=scores)).comparisons == 2
-    )
+    result = lora_beats_head(evidence(scores=scores))
+    assert result.verdict == verdict and result.comparisons == 2
 
 
 def test_two_steps_flip():
     result = two_steps_cover_more(evidence())
-    assert result.verdict == HOLDS and all(
-        w in result.evidence for w in ("28 → 33 (δ 8)", "40 missing", "75 samples", "3 of 3 cells")
-    )
-    assert two_steps_cover_more(evidence(coverage=make_coverage(two=(28, 16, 12)))).verdict == HOLDS, (
-        "a tie is at least as many"
-    )
-    assert (
-        two_steps_cover_more(
-            evidence(coverage=pd.concat([make_coverage(), make_coverage(two=(33, 18, 11), task="reward")]))
-        ).verdict
-        == FAILS
-    )
+    assert result.verdict == HOLDS
+    for words in ("28 → 33 (δ 8)", "40 missing", "75 samples", "3 of 3 cells"):
+        assert words in result.evidence
+    tie = two_steps_cover_more(evidence(coverage=make_coverage(two=(28, 16, 12))))
+    assert tie.verdict == HOLDS, "a tie is at least as many"
+    another_task = pd.concat([make_coverage(), make_coverage(two=(33, 18, 11), task="reward")])
+    assert two_steps_cover_more(evidence(coverage=another_task)).verdict == FAILS
     kept = two_steps_cover_more(evidence(coverage=make_coverage(more=10)))
     assert kept.verdict == HOLDS and "in 0 of 3)" in kept.evidence, "all kept samples are not equally many"
     with told("both"):
         two_steps_cover_more(evidence(coverage=make_coverage().query("method != 'one-step'")))
-    apart = pd.concat(
-        [
-            make_coverage(deltas=(1, 2, 3)).query("method == 'one-step'"),
-            make_coverage(deltas=(4, 5, 6)).query("method == 'two-step'"),
-        ]
-    )
+    low, high = make_coverage(deltas=(1, 2, 3)), make_coverage(deltas=(4, 5, 6))
+    apart = pd.concat([low.query("method == 'one-step'"), high.query("method == 'two-step'")])
     with told("at one threshold"):
         two_steps_cover_more(evidence(coverage=apart))
 
@@ -411,15 +385,16 @@ def test_lowest_threshold_flips(change, verdict):
 
 
 def test_thresholds_that_say_nothing():
+    five = make_by_delta().query("delta < 4")
+    without_samples = make_by_delta(n_samples=(9, 9, 9, 9, 0, 0))
+    nothing_missing = make_by_delta(missing=(9, 8, 4, 4, 4, 0), n_samples=(9, 8, 4, 4, 4, 0))
     for judge_one in (threshold_counts, lowest_threshold_best):
-        with pytest.raises(NotTestable, match="this run has 5"):
-            judge_one(evidence(by_delta=make_by_delta().query("delta < 4")))
-        with pytest.raises(NotTestable, match=r"δ 2 \(112 missing\), 4 \(60 missing\)"):
-            judge_one(evidence(by_delta=make_by_delta(n_samples=(9, 9, 9, 9, 0, 0))))
-        with pytest.raises(NotTestable, match=r"4 \(0 missing\)"):
-            judge_one(
-                evidence(by_delta=make_by_delta(missing=(9, 8, 4, 4, 4, 0), n_samples=(9, 8, 4, 4, 4, 0)))
-            )
+        with told("this run has 5"):
+            judge_one(evidence(by_delta=five))
+        with told(r"δ 2 \(112 missing\), 4 \(60 missing\)"):
+            judge_one(evidence(by_delta=without_samples))
+        with told(r"4 \(0 missing\)"):
+            judge_one(evidence(by_delta=nothing_missing))
 
 
 @pytest.mark.parametrize(
@@ -438,7 +413,7 @@ def test_more_samples_flip(change, verdict):
 def test_one_number_of_samples_says_nothing():
     result = more_samples_help_less(evidence(by_samples=make_by_samples(n_samples=(20, 40, 60, 80, 80))))
     assert "for 1, 2, 3, 4 samples per feature" in result.evidence and result.comparisons == 6
-    with pytest.raises(NotTestable, match="fewer than two"):
+    with told("fewer than two"):
         more_samples_help_less(evidence(by_samples=make_by_samples().query("samples_per_feature == 1")))
 
 
@@ -446,9 +421,8 @@ def test_one_number_of_samples_says_nothing():
     "change, verdict", [({}, HOLDS), (dict(each=(47.6, 46.6, 49.1)), FAILS), (dict(spread=2.0), OPEN)]
 )
 def test_shares_flip(change, verdict):
-    result = shares_rise(
-        evidence(by_share=make_shares(**change)), ["toxicity_auprc", "survival_scr"], (ONE_EACH, FIXED)
-    )
+    known = evidence(by_share=make_shares(**change))
+    result = shares_rise(known, ["toxicity_auprc", "survival_scr"], (ONE_EACH, FIXED))
     assert result.verdict == verdict and result.comparisons == 8
     with told("two shares in reward accuracy"):
         shares_rise(evidence(by_share=make_shares(("toxicity_auprc",))), ["reward_accuracy"], (ONE_EACH,))
@@ -465,9 +439,8 @@ def test_covering_against_repeating_flips(change, verdict):
 
 def test_beyond_turns_intervals_round():
     row = pd.Series(dict(pearson=-0.5, pearson_low=-0.8, pearson_high=-0.1))
-    assert beyond(row, sign=-1) == Difference(0.5, 0.1, 0.8) and beyond(row, 0.2) == Difference(
-        -0.7, -1.0, -0.1 - 0.2
-    )
+    assert beyond(row, sign=-1) == Difference(0.5, 0.1, 0.8)
+    assert beyond(row, 0.2) == Difference(-0.7, -1.0, -0.1 - 0.2)
 
 
 @pytest.mark.parametrize(
@@ -493,11 +466,8 @@ def test_correlation_claims_flip(judge_one, change, verdict):
 def test_correlations_of_some_tasks():
     some = make_correlations()
     part = fac_predicts_elsewhere(evidence(correlations=some[some.task.isin(["toxicity", "reward"])]))
-    assert (
-        part.verdict == HOLDS
-        and part.comparisons == 1
-        and "no value for FAC and score of sycophancy" in part.evidence
-    )
+    assert part.verdict == HOLDS and part.comparisons == 1
+    assert "no value for FAC and score of sycophancy" in part.evidence
     some.loc[some.metric == "FAC", "pearson"] = np.nan
     for judge_one in (fac_predicts, fac_leads, diversity_fails):
         with told("no correlation of FAC with the score of toxicity"):
@@ -542,107 +512,80 @@ def test_page():
     judged = judge(CLAIMS, evidence())
     page = claims_page(judged, Interval(), PLANTED_NOTE)
     assert page == claims_page(judge(CLAIMS, evidence()), Interval(), PLANTED_NOTE), "same bytes"
-    assert (
-        PLANTED_NOTE in page
-        and "95 % interval" in page
-        and "Student" in page
-        and all(f"| {i} |" in page for i in CLAIMS.id)
-    )
-    assert PLANTED_NOTE not in claims_page(
-        judged, Interval("bootstrap")
-    ) and "10000 resamples" in claims_page(judged, Interval("bootstrap"))
-    assert sum(int(w) for w in page.split("42 claims: ")[1].split("\n")[0].split() if w.isdigit()) == 42
+    assert PLANTED_NOTE in page and "95 % interval" in page and "Student" in page
+    assert all(f"| {i} |" in page for i in CLAIMS.id)
+    other = claims_page(judged, Interval("bootstrap"))
+    assert PLANTED_NOTE not in other and "10000 resamples" in other
+    counts = page.split("42 claims: ")[1].split("\n")[0].split()
+    assert sum(int(word) for word in counts if word.isdigit()) == 42
     assert f"{len(VERDICTS)} verdicts were drawn from {judged.comparisons.sum()} intervals" in page
+    assert "mean" not in page.split("| --- |")[0].splitlines()[-1], "the interval is for the plot"
+
+
+def test_forest_plot_has_a_line_per_interval_and_no_legend_on_data():
+    judged = judge(CLAIMS, evidence())
+    fig = forest_plot(judged)
+    ax = fig.axes[0]
+    drawn = [label.get_text()[:3] for label in ax.get_yticklabels()][::-1]
+    assert drawn == judged.id[judged.low.notna() & (judged.high > judged.low)].tolist()
+    fig.canvas.draw()
+    assert not ax.get_legend().get_window_extent().overlaps(ax.bbox)
+    points = [line for line in ax.lines if line.get_marker() not in ("None", None, "")]
+    assert len({line.get_marker() for line in points}) == 3, "verdicts differ by more than colour"
+    plt.close(fig)
 
 
 # ---- Where everything is
 
 
 def test_items():
-    items = items_table(
-        {
-            "50_x": [
-                "tables/table08.csv",
-                "tables/table08.md",
-                "figures/figure03.png",
-                "figures/figure03.csv",
-            ],
-            "90_y": ["tables/table02_examples.csv", "tables/table01.csv"],
-        },
-        published("index"),
-        CLAIMS,
-    ).set_index("item")
-    assert (
-        len(items) == 37
-        and items.files["Table 8"] == "tables/table08.csv"
-        and items.stage["Table 2"] == "90_y"
-        and "figures/figure03.png" in items.files["Figure 3"]
-    )
+    mine = ["tables/table08.csv", "tables/table08.md", "figures/figure03.png", "figures/figure03.csv"]
+    files = {"50_x": mine, "90_y": ["tables/table02_examples.csv", "tables/table01.csv"]}
+    items = items_table(files, published("index"), CLAIMS).set_index("item")
+    assert len(items) == 37
+    assert items.files["Table 8"] == "tables/table08.csv" and items.stage["Table 2"] == "90_y"
+    assert "figures/figure03.png" in items.files["Figure 3"]
     absent = items[items.files == "none"]
-    assert (
-        (absent.note != "ok").all()
-        and (absent.note != "").all()
-        and "temperatures" in items.note["Table 4"]
-        and "backbone" in items.note["Figure 18"]
-        and items.note["Figure 2"] == "a diagram"
-    )
+    assert (absent.note != "ok").all() and (absent.note != "").all()
+    assert "temperatures" in items.note["Table 4"] and "backbone" in items.note["Figure 18"]
+    assert items.note["Figure 2"].startswith("a diagram")
     assert "reasoning" in items.note["Table 15"] and "self" not in items.note["Table 9"]
 
 
 # ---- The notebook's own Run cells
 
 
-def test_the_run_cells_on_made_up_stages(tmp_path, monkeypatch):
+def test_the_run_cells_on_made_up_stages(tmp_path, monkeypatch, leave):
     monkeypatch.setenv("FAC_RESULTS_DIR", str(tmp_path))
-    run = experiment.Run(
-        "91_claims", dict(profile="mini", seed=0, interval="student", level=0.95, n_bootstrap=1000)
+    correlations = make_correlations().replace({"metric": {"FAC": "some FAC"}})
+    left = leave(
+        *((None, column.read) for column in COLUMNS.values()),
+        (make_by_delta(), read_by_delta),
+        (make_by_samples(), read_by_samples),
+        (correlations, read_correlations),
+        ("some FAC", read_leading_metric),
+        (make_coverage(), read_share_coverage),
+        (make_shares(), read_share_scores),
     )
-
-    def leave(stage, parameters={}, files=(), **frames):
-        other = experiment.Run(stage, {"profile": "mini", "seed": 0})
-        for name, frame in frames.items():
-            other.cached(name, lambda work: frame)
-        experiment.write_atomic(
-            run.dir / "stages" / f"{stage}.json",
-            json.dumps(
-                dict(
-                    parameters=dict(profile="mini", **parameters),
-                    outputs=other.outputs,
-                    files=dict.fromkeys(files),
-                )
-            ),
-        )
-
-    leave(TOXICITY, by_delta=make_by_delta(), by_samples=make_by_samples())
-    for stage in (*score_stages()[1:], "90_tables"):
-        leave(stage, files=["figures/figure13.png"] if stage == STEERING else [])
-    leave(
-        "50_what_predicts_performance",
-        dict(fac="some FAC"),
-        ["tables/table08.csv"],
-        correlations=make_correlations().replace({"metric": {"FAC": "some FAC"}}),
-    )
-    leave("51_missing_features", coverage=make_coverage(), share_scores=make_shares())
-    source = [
-        "".join(c["source"])
-        for c in json.loads(experiment.notebook_path("91_claims").read_text())["cells"]
-        if c["cell_type"] == "code"
-    ]
+    steering = left["42_behavior_steering"]
+    steering.files["figures/figure13.png"] = "its digest"
+    steering.finish()
+    run = Run(STAGE, dict(profile="mini", seed=0, interval="student", level=0.95, n_bootstrap=1000))
     contents = []
     for _ in range(2):
-        namespace = {**vars(claims), "run": run}
-        for cell in source:
-            if cell.startswith("#| eval: false") and "start(" not in cell and "display(" not in cell:
-                exec(cell, namespace)
-        contents.append({name: (run.dir / name).read_bytes() for name in run.files})
-    page = (run.dir / "claims.md").read_text()
-    assert (
-        contents[0] == contents[1]
-        and "| C01 | holds |" in page
-        and "| C05 | not testable in this run | this run has no value for Ours" in page
-        and "| C12 | holds |" in page
-    )
-    assert "figures/figure13.png" in (run.dir / "tables" / "published_items.csv").read_text()
+        namespace = vars(claims) | dict(run=run)
+        for source in notebook_sources(STAGE):
+            if source.startswith("#| eval: false") and "start(" not in source and "display(" not in source:
+                exec(compile(source, STAGE, "exec"), namespace)
+        contents.append({name: (run.folder / name).read_bytes() for name in run.files})
+    assert contents[0] == contents[1]
+    page = (run.folder / "claims.md").read_text()
+    assert "| C01 | holds |" in page and "| C12 | holds |" in page
+    assert "| C05 | not testable in this run | this run has no value for Ours" in page
+    assert "figures/figure13.png" in (run.folder / "tables" / "published_items.csv").read_text()
+    later = Run("92_summary", dict(profile="mini"))
+    assert read_verdicts(later).set_index("id").verdict["C12"] == HOLDS
+    plt.close("all")
 
 
 def test_no_wins_at_all_say_nothing_about_seeds():

@@ -10,12 +10,17 @@ from conftest import Scripted
 from fac_synthesis.features.activations import FeatureReader
 from fac_synthesis.features.coverage import fac_missing
 from fac_synthesis.models.backbone import Backbone, tiny_model, word_tokenizer
-from fac_synthesis.questions.what_predicts_performance import correlation_table, fac_table, long_scores
+from fac_synthesis.questions.what_predicts_performance import (
+    Resampling,
+    correlation_table,
+    fac_table,
+    main_scores,
+)
 from fac_synthesis.results.claims import Evidence, best_method, fac_predicts_elsewhere
-from fac_synthesis.results.tables import comparison, empty_frame, table_scores, wide_table
+from fac_synthesis.results.tables import comparison, wide_table
 from fac_synthesis.run.parameters import published
 from fac_synthesis.sae.core import SAE, SAEConfig
-from fac_synthesis.tasks.scores import COLUMNS, Column
+from fac_synthesis.tasks.scores import COLUMNS, FLOOR_COLUMNS, SCORE_COLUMNS, Column, table_scores
 
 METRIC = "FAC of missing features"
 METHODS = ["Alpaca", "Evol-Instruct", "SAO", "Ours"]
@@ -160,6 +165,12 @@ def coverage_of_methods(filled, made, reader):
     return pd.DataFrame(rows).assign(label=METRIC)
 
 
+def read_politeness_scores(run):
+    "The reader that stands beside the module's results."
+    columns = dict(method=str, training=str, seed=int, accuracy=float, n_texts=int)
+    return run.frame("44_politeness", "scores", columns)
+
+
 @pytest.fixture
 def listed(monkeypatch):
     "The one edit outside the module."
@@ -167,7 +178,7 @@ def listed(monkeypatch):
         name="politeness_accuracy",
         label="politeness accuracy",
         task="politeness",
-        stage="44_politeness",
+        read=read_politeness_scores,
         value="accuracy",
         size="n_texts",
     )
@@ -189,28 +200,38 @@ def test_features_and_synthesis_take_the_task_as_it_is(politeness, filled, score
 
 
 def test_tables_have_its_column(scores, listed):
-    long = table_scores({"44_politeness": scores})
-    wide = wide_table(comparison(long, {}, "table01")).set_index("row")["politeness accuracy"]
+    long = table_scores({"politeness": scores})
+    no_floors = pd.DataFrame(columns=FLOOR_COLUMNS)
+    wide = wide_table(comparison(long, no_floors, "table01")).set_index("row")["politeness accuracy"]
     ours = 100 * scores[scores.method == "Ours"].accuracy.mean()
     assert wide["Ours"].startswith(f"{ours:.2f}") and wide["Magpie"] == "none"
-    columns = ["method", "training", "seed", "accuracy", "n_texts"]
-    assert list(empty_frame("44_politeness", "scores")) == columns
+
+
+def test_a_run_without_it_has_an_empty_column(listed):
+    class Without:
+        "A run that left no results of the task."
+
+        def frame(self, stage, name, columns):
+            return pd.DataFrame({column: pd.Series(dtype=kind) for column, kind in columns.items()})
+
+    found = COLUMNS["politeness_accuracy"].read(Without())
+    assert list(found) == ["method", "training", "seed", "accuracy", "n_texts"]
+    long = table_scores({"politeness": found})
+    assert long.empty and list(long) == SCORE_COLUMNS
 
 
 def test_questions_and_claims_speak_of_it(scores, coverage_of_methods, listed):
-    long = long_scores("44_politeness", scores)
-    assert long.score.max() <= 100 and set(long.task) == {"politeness"}
-    found = correlation_table(long, coverage_of_methods, METHODS, METRIC, 200)
+    long = table_scores({"politeness": scores})
+    main = main_scores(long)
+    assert main.score.max() <= 100 and set(main.task) == {"politeness"}
+    found = correlation_table(main, coverage_of_methods, METHODS, METRIC, Resampling(200))
     row = found[found.metric == METRIC].iloc[0]
     assert row.task == "politeness" and row.n == 4 and row.main
     assert fac_table(found, METRIC, published("table08")).task.tolist() == ["politeness"]
-    evidence = Evidence(
-        scores=table_scores({"44_politeness": scores}),
-        correlations=found.replace({"metric": {METRIC: "FAC"}}),
-    )
+    evidence = Evidence(scores=long, correlations=found.replace({"metric": {METRIC: "FAC"}}))
     assert "politeness accuracy: Ours" in best_method(evidence, ["politeness_accuracy"]).evidence
     assert "politeness r" in fac_predicts_elsewhere(evidence).evidence
 
 
 def test_nothing_speaks_of_it_unlisted(scores):
-    assert table_scores({"44_politeness": scores}).empty
+    assert table_scores({"politeness": scores}).empty

@@ -357,7 +357,7 @@ def test_a_stage_with_nothing_to_do_is_done(project, capsys):
 
 
 def test_a_notebook_edited_while_it_runs_is_said(project, capsys):
-    "The kernel rewrites its own file, as an editor would; the run says so, and the next one takes the new code."
+    "The kernel rewrites its own file, as an editor would; the run says so, and the next takes the new code."
     own = NOTEBOOKS["21_count"][1]
     touch = "p = 'nbs/21_count.ipynb'\nimport os\np = p if os.path.exists(p) else '../' + p\n"
     edit = touch + "text = open(p).read().replace('early', 'late')\nopen(p, 'w').write(text)\nx = 'early'\n"

@@ -1,4 +1,4 @@
-"""Judges, win rates and length control on invented verdicts; AlpacaEval's published files where there are any."""
+"""Judges, win rates and length control on invented verdicts, and on the published AlpacaEval files."""
 
 import gzip
 import json

@@ -107,6 +107,11 @@ def paired(
     return Difference(d.mean(), *np.quantile(means, [tail, 1 - tail]))
 
 # %% ../../nbs/91_claims.ipynb #37cb40e7
+def _nothing():
+    "Default of a field: an empty frame, for what a run has none of."
+    return field(default_factory=pd.DataFrame)
+
+
 @dataclass(frozen=True)
 class Evidence:
     """What the verdicts read.
@@ -114,25 +119,23 @@ class Evidence:
     Frames as the earlier notebooks leave them; an empty one means that the run has none.
     """
 
-    scores: pd.DataFrame = field(
-        default_factory=pd.DataFrame
-    )  # of all tasks: column, method, training, seed, value
-    coverage: pd.DataFrame = field(default_factory=pd.DataFrame)  # one step and two, by threshold (51)
-    by_delta: pd.DataFrame = field(default_factory=pd.DataFrame)  # toxicity by threshold (40)
-    by_samples: pd.DataFrame = field(default_factory=pd.DataFrame)  # toxicity by samples per feature (40)
-    by_share: pd.DataFrame = field(default_factory=pd.DataFrame)  # by share of the missing features (51)
-    correlations: pd.DataFrame = field(default_factory=pd.DataFrame)  # metrics with scores (50)
-    curves: pd.DataFrame = field(default_factory=pd.DataFrame)  # steering by multiplier (42)
+    scores: pd.DataFrame = _nothing()  # of all tasks: column, method, training, seed, value
+    coverage: pd.DataFrame = _nothing()  # one step and two, by threshold (51)
+    by_delta: pd.DataFrame = _nothing()  # toxicity by threshold (40)
+    by_samples: pd.DataFrame = _nothing()  # toxicity by samples per feature (40)
+    by_share: pd.DataFrame = _nothing()  # by share of the missing features (51)
+    correlations: pd.DataFrame = _nothing()  # metrics with scores (50)
+    curves: pd.DataFrame = _nothing()  # steering by multiplier (42)
     how: Interval = STUDENT  # how intervals over seeds are made
 
 
 class Judged(NamedTuple):
-    "A verdict, the numbers behind it, and how many intervals were looked at."
+    "A verdict, and what it rests on."
 
-    verdict: str
-    evidence: str
-    comparisons: int = 0
-    deciding: Difference | None = None
+    verdict: str  # HOLDS, FAILS, OPEN or UNTESTED
+    evidence: str  # the numbers behind it, or why there is none
+    comparisons: int = 0  # intervals that were looked at
+    deciding: Difference | None = None  # the comparison that decides; None where counts or nothing does
 
 
 def all_of(
@@ -365,10 +368,10 @@ def threshold_counts(
     falls = (np.diff(n) <= PLATEAU * n[0]).all() and n[-1] < n[0]
     flat = np.ptp(n[2:5]) <= PLATEAU * n[0]
     rise = paired(auprc[fifth], auprc[third], evidence.how)
+    course = f"{'falls' if falls else 'does not fall'}, {'flat' if flat else 'not flat'}"
     told = (
         f"head only; missing {', '.join(map(str, n))} at δ {', '.join(f'{d:g}' for d in counts.index)}: "
-        f"{'falls' if falls else 'does not fall'}, {'flat' if flat else 'not flat'} from the third to the "
-        "fifth "
+        f"{course} from the third to the fifth "
         f"({counts.n_samples[third]} and {counts.n_samples[fifth]} samples)"
     )
     return decide({"AUPRC there": rise}, told, also=[HOLDS if ok else FAILS for ok in (falls, flat)])
@@ -554,8 +557,7 @@ def fac_leads(
 def diversity_fails(
     evidence: Evidence,  # of the run
 ) -> Judged:
-    "Do four diversity metrics fall with toxicity AUPRC, and goes the spread of embeddings weakly (claim"
-    "C04)?"
+    "Do four diversity metrics fall with AUPRC, and does the spread of embeddings go with it weakly (C04)?"
     rows = correlation_rows(evidence, "toxicity")
     gaps = {f"minus r of {m}": beyond(rows.loc[m], sign=-1) for m in NEGATIVE if m in rows.index}
     gaps |= {f"{WEAK:g} minus |r| of {m}": below(rows.loc[m], WEAK) for m in DISPERSION if m in rows.index}
@@ -768,31 +770,24 @@ def rules_text(
     kind = "Student's t over the paired seeds" if how.kind == "student" else bootstrap
     by_chance = n * (1 - how.level) / 2
     return [
-        "How it is decided. Every claim comes down to differences that ought to be positive. A difference is "
-        "taken "
-        f"within each seed; in brackets is the {100 * how.level:g} % interval of its mean ({kind}).",
-        f"A claim **{HOLDS}** if every interval lies above zero, it **{FAILS}** if one lies below, and is "
-        f"**{OPEN}** "
-        "otherwise: a difference smaller than its uncertainty decides nothing.",
+        "How it is decided. Every claim comes down to differences that ought to be positive. "
+        "A difference is taken within each seed; "
+        f"in brackets is the {100 * how.level:g} % interval of its mean ({kind}).",
+        f"A claim **{HOLDS}** if every interval lies above zero, it **{FAILS}** if one lies below, "
+        f"and is **{OPEN}** otherwise: a difference smaller than its uncertainty decides nothing.",
         "Correlations are over methods, and their intervals come from a bootstrap over methods "
-        "(percentiles); "
-        "with eight methods these are too narrow.",
-        f"Multiple comparisons: {drawn} verdicts were drawn from {n} intervals, and none is corrected for "
-        "their "
-        f"number. If none of the differences were real, about {by_chance:.1f} intervals would lie below zero "
-        "and as "
-        f"many above. Since one interval below is enough for '{FAILS}', that verdict on a claim of many "
-        "comparisons "
+        "(percentiles); with eight methods these are too narrow.",
+        f"Multiple comparisons: {drawn} verdicts were drawn from {n} intervals, "
+        "and none is corrected for their number. If none of the differences were real, "
+        f"about {by_chance:.1f} intervals would lie below zero and as many above. "
+        f"Since one interval below is enough for '{FAILS}', that verdict on a claim of many comparisons "
         "is weak where a single one decides it.",
         "Counts of features come from one synthesis without repeats and are compared as they stand.",
-        f"This project's choices: a count is called constant below {100 * PLATEAU:g} % of change, a "
-        "correlation "
-        f"almost linear from {LINEAR:g} and weak below {WEAK:g}, the spread over seeds little below the SE "
-        "of one "
-        "judging.",
-        "Seeds vary the training only (steering: the draw of the seed items): test set and samples are the "
-        "same "
-        "for all.",
+        f"This project's choices: a count is called constant below {100 * PLATEAU:g} % of change, "
+        f"a correlation almost linear from {LINEAR:g} and weak below {WEAK:g}, "
+        "the spread over seeds little below the SE of one judging.",
+        "Seeds vary the training only (steering: the draw of the seed items): "
+        "test set and samples are the same for all.",
         "A claim about several tasks or methods is judged on those that ran; the text names them. "
         "Scores are in percent.\n",
     ]
@@ -838,12 +833,11 @@ def forest_plot(
         ax.plot(at[own], y[own], marker, color=colour, label=verdict)
     ax.axvline(0, color="black", lw=1)
     labels = [f"{r.id}  {r.claim[:64]}{'…' if len(r.claim) > 64 else ''}" for r in some.itertuples()]
-    ax.set(yticks=y, xlabel="deciding difference, in units of half its interval (cut at 6)", xlim=(-7, 7))
+    ax.set(xlabel="deciding difference, in units of half its interval (cut at 6)", xlim=(-7, 7))
     ax.set_yticks(y, labels, fontsize=8)
     ax.set_ylim(-0.7, len(some) - 0.3)
-    ax.legend(
-        ncols=3, loc="upper center", bbox_to_anchor=(0.3, -1.0 / (0.28 * len(some) + 1.3)), frameon=False
-    )
+    below = -1.0 / fig.get_figheight()
+    ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.3, below), frameon=False)
     fig.tight_layout()
     return fig
 

@@ -302,7 +302,10 @@ def _code_parts(code: types.CodeType) -> list:
 
 
 @functools.cache
-def named_code(module: str, name: str) -> str | None:
+def named_code(
+    module: str,  # dotted name of a module
+    name: str,  # of a function or class in it
+) -> str | None:
     "Fingerprint of what a function or class of the package reaches; None for one of somebody else."
     source = package_source(module)
     return code_fingerprint([name], source) if source and name in source.owner else None

@@ -132,7 +132,7 @@ def pair_sets(
 
 # %% ../../nbs/41_reward_modeling.ipynb #786fab20
 def rendered(
-    tokenizer,
+    tokenizer,  # of the backbone
     messages: list[dict],  # role and content of every turn
 ) -> str:
     "The messages in the chat template, as text. UserError where the template refuses them."
@@ -148,7 +148,7 @@ def rendered(
 
 
 def conversation_tokens(
-    tokenizer,
+    tokenizer,  # of the backbone
     pairs: list[tuple[str, str]],  # (prompt, answer)
 ) -> list[Tokens]:
     """Each as a whole conversation, uncut; `first`:`last` are the tokens of the answer.
@@ -174,7 +174,7 @@ def conversation_tokens(
 
 
 def cut_left(
-    t: Tokens,
+    t: Tokens,  # a conversation; first:last is its answer
     max_length: int,  # most tokens
     bos: int | None,  # id of the token that is kept in front
 ) -> Tokens:
@@ -197,7 +197,7 @@ def answers_of(
 
 
 def pair_tokens(
-    tokenizer,
+    tokenizer,  # of the backbone
     items: pd.DataFrame,  # pairs
     max_length: int,  # tokens kept of a conversation, the last ones
 ) -> tuple[list[Tokens], list[Tokens]]:
@@ -210,7 +210,7 @@ def pair_tokens(
 
 
 def length_report(
-    tokenizer,
+    tokenizer,  # of the backbone
     sets: dict[str, pd.DataFrame],  # name -> pairs
     max_length: int,  # tokens read of a conversation
 ) -> pd.DataFrame:
@@ -254,7 +254,7 @@ class RewardSettings(LoRASettings):
 
 
 def trainer_rows(
-    tokenizer,
+    tokenizer,  # of the backbone
     items: pd.DataFrame,  # pairs
     max_length: int,  # tokens kept of a conversation
 ) -> Dataset:
@@ -270,9 +270,9 @@ def trainer_rows(
 
 def reward_trainer(
     model,  # with adapters
-    backbone: Backbone,
-    rows: PairSet,
-    settings: RewardSettings,
+    backbone: Backbone,  # where every training starts
+    rows: PairSet,  # what is trained on
+    settings: RewardSettings,  # how LoRA is trained
     seed: int,  # of dropout and data order
     max_length: int,  # tokens kept of a conversation
     folder: str,  # for the trainer's files
@@ -304,9 +304,9 @@ def reward_trainer(
 
 
 def train_reward_lora(
-    backbone: Backbone,
-    rows: PairSet,
-    settings: RewardSettings,
+    backbone: Backbone,  # where every training starts
+    rows: PairSet,  # what is trained on
+    settings: RewardSettings,  # how LoRA is trained
     seed: int,  # of head, LoRA and data order
     max_length: int = 256,  # tokens kept of a conversation
 ):
@@ -322,7 +322,7 @@ def train_reward_lora(
 
 def rewards(
     model,  # a reward model
-    backbone: Backbone,
+    backbone: Backbone,  # where every training starts
     tokens: list[Tokens],  # conversations
     batch_tokens: int = 8192,  # padded tokens per forward pass
 ) -> np.ndarray:
@@ -348,7 +348,7 @@ def pair_states(
 def train_reward_head(
     head: torch.nn.Linear,  # of one row; stays as it is
     x_N2D: torch.Tensor,  # kept states of pairs
-    settings: HeadSettings,
+    settings: HeadSettings,  # how the head is trained
     seed: int,  # of the order of the pairs
 ) -> torch.nn.Linear:
     "A trained copy of `head`: cross-entropy of the two rewards (N, 2, 1), class 0 (the chosen one) is right."
@@ -489,7 +489,7 @@ def section_columns(
 class PairBench:
     "What all cells of the table share."
 
-    backbone: Backbone
+    backbone: Backbone  # where every training starts
     test: pd.DataFrame  # prompt, chosen, rejected, subset
     max_length: int = 1024  # tokens read of a conversation, the last ones
     batch_tokens: int = 8192  # padded tokens per forward pass when nothing is trained
@@ -508,7 +508,7 @@ class PairBench:
 
 
 def texts_to_read(
-    bench: PairBench,
+    bench: PairBench,  # what all cells share
     sets: list[PairSet],  # all rows of the table
 ) -> list[Tokens]:
     "All conversations that a cell may train or score on, for `open_head_only`."
@@ -520,9 +520,9 @@ def texts_to_read(
 
 
 def lora_margins(
-    bench: PairBench,
-    rows: PairSet,
-    training: LoRA,
+    bench: PairBench,  # what all cells share
+    rows: PairSet,  # what is trained on
+    training: LoRA,  # with its settings
     seed: int,  # of head, LoRA and data order
 ) -> np.ndarray:
     "Reward margin of every test pair after training LoRA and the head on `rows`."
@@ -534,9 +534,9 @@ def lora_margins(
 
 
 def head_only_margins(
-    bench: PairBench,
-    rows: PairSet,
-    training: HeadOnly,
+    bench: PairBench,  # what all cells share
+    rows: PairSet,  # what is trained on
+    training: HeadOnly,  # with its settings and the states of all conversations
     seed: int,  # of head and data order
 ) -> np.ndarray:
     "Reward margin of every test pair after training the head alone on `rows`."
@@ -548,9 +548,9 @@ def head_only_margins(
 
 
 def reward_cell(
-    bench: PairBench,
-    rows: PairSet,
-    training: LoRA | HeadOnly,
+    bench: PairBench,  # what all cells share
+    rows: PairSet,  # what is trained on
+    training: LoRA | HeadOnly,  # what is trained
     seed: int,  # of head, LoRA and data order
 ) -> dict:
     """One cell of the table: method, training, seed, the section scores (0 to 1), n_pairs and ties.
@@ -608,7 +608,7 @@ def longer_margins(
 
 
 def tfidf_margins(
-    rows: PairSet,
+    rows: PairSet,  # what is trained on
     test: pd.DataFrame,  # pairs
 ) -> np.ndarray:
     """Margins of a logistic regression on differences of TF-IDF vectors, trained on `rows`.
@@ -650,14 +650,18 @@ def floor_table(
     return pd.DataFrame(table)
 
 # %% ../../nbs/41_reward_modeling.ipynb #7d3f3a98
-def read_reward_scores(run) -> pd.DataFrame:
+def read_reward_scores(
+    run,  # of a later stage
+) -> pd.DataFrame:
     "One row per cell: method, training, seed, section scores (0 to 1), n_pairs, ties; none without the task."
     sections = dict.fromkeys(SECTION_COLUMNS.values(), float)
     columns = dict(method=str, training=str, seed=int, **sections, n_pairs=int, ties=int)
     return run.frame("41_reward_modeling", "scores", columns)
 
 
-def read_reward_floor(run) -> pd.DataFrame:
+def read_reward_floor(
+    run,  # of a later stage
+) -> pd.DataFrame:
     "One row per floor and set (rows) that it was trained on, with section scores (0 to 1)."
     sections = dict.fromkeys(SECTION_COLUMNS.values(), float)
     return run.frame("41_reward_modeling", "floor", dict(floor=str, rows=str, **sections))

@@ -471,9 +471,7 @@ class Differences:
 
     items: list[dict]
     d_ND: torch.Tensor  # in the order of the items
-    made_with: list = field(
-        default_factory=list
-    )  # what they follow from besides the items: code, model, layer
+    made_with: list = field(default_factory=list)  # what they follow from besides: code, model, layer
 
     def __post_init__(self):
         self.row = {item_key(item): n for n, item in enumerate(self.items)}

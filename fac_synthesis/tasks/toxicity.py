@@ -117,17 +117,17 @@ SUMMARY = {
 class ToxicityBench:
     "What all cells of the table share."
 
-    backbone: Backbone
-    test_texts: list[str]
+    backbone: Backbone  # where every training starts
+    test_texts: list[str]  # that every cell is scored on
     test_labels: np.ndarray  # 0 (safe) or 1 (toxic)
     max_length: int = 256  # tokens read per text, template included
     batch_tokens: int = 8192  # padded tokens per forward pass when nothing is trained
 
 
 def lora_probabilities(
-    bench: ToxicityBench,
-    rows: TrainingSet,
-    training: LoRA,
+    bench: ToxicityBench,  # what all cells share
+    rows: TrainingSet,  # what is trained on
+    training: LoRA,  # with its settings
     seed: int,  # of head, LoRA and data order
 ) -> np.ndarray:
     "p_N of the test texts after training LoRA and the head on `rows`."
@@ -136,9 +136,9 @@ def lora_probabilities(
 
 
 def head_only_probabilities(
-    bench: ToxicityBench,
-    rows: TrainingSet,
-    training: HeadOnly,
+    bench: ToxicityBench,  # what all cells share
+    rows: TrainingSet,  # what is trained on
+    training: HeadOnly,  # with its settings and the states of all texts
     seed: int,  # of head and data order
 ) -> np.ndarray:
     "p_N of the test texts after training the head alone on `rows`."
@@ -148,9 +148,9 @@ def head_only_probabilities(
 
 
 def toxicity_cell(
-    bench: ToxicityBench,
-    rows: TrainingSet,
-    training: LoRA | HeadOnly,
+    bench: ToxicityBench,  # what all cells share
+    rows: TrainingSet,  # what is trained on
+    training: LoRA | HeadOnly,  # what is trained
     seed: int,  # of head, LoRA and data order
 ) -> dict:
     "One cell of the table: method, training, seed, auprc (0 to 1), n_toxic, n_safe."
@@ -166,7 +166,7 @@ def toxicity_cell(
 
 
 def toxicity_bench(
-    backbone: Backbone,
+    backbone: Backbone,  # where every training starts
     corpora: Corpora,  # the task's
     task: Task,  # whose role `test` is scored
     max_length: int,  # tokens read per text, template included
@@ -188,8 +188,8 @@ def texts_to_read(
 
 # %% ../../nbs/40_toxicity_detection.ipynb #cc7670bb
 def tfidf_floor(
-    rows: TrainingSet,
-    test_texts: list[str],
+    rows: TrainingSet,  # what is trained on
+    test_texts: list[str],  # that it is scored on
     test_labels,  # 0 or 1 for every test text
 ) -> float:
     "AUPRC of TF-IDF and logistic regression trained on `rows`. UserError if the texts share too few words."
@@ -204,7 +204,7 @@ def tfidf_floor(
 
 
 def drawn_rows(
-    corpora: Corpora,
+    corpora: Corpora,  # records by role
     role: str,  # of the corpora
     n_safe: int,  # rows with label 0
     n_toxic: int,  # rows with label 1
@@ -221,7 +221,7 @@ def drawn_rows(
 
 def floor_table(
     sets: list[TrainingSet],  # those of one name are draws of one kind
-    test_texts: list[str],
+    test_texts: list[str],  # that it is scored on
     test_labels,  # 0 or 1 for every test text
 ) -> pd.DataFrame:
     "TF-IDF per name (rows): mean (auprc) and sd (auprc_sd) over its sets, and the base rate of the test."
@@ -274,8 +274,8 @@ def sets_by_samples(
 
 def score_sets(
     run,  # the notebook's run
-    bench: ToxicityBench,
-    training: HeadOnly,
+    bench: ToxicityBench,  # what all cells share
+    training: HeadOnly,  # with its settings and the states of all texts
     sets: list[tuple[dict, TrainingSet]],  # what is known of a set (n_samples at least), and the set
     seeds: list[int],  # of head and data order
 ) -> pd.DataFrame:
@@ -288,25 +288,33 @@ def score_sets(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/40_toxicity_detection.ipynb #5c6a0301
-def read_toxicity_scores(run) -> pd.DataFrame:
+def read_toxicity_scores(
+    run,  # of a later stage
+) -> pd.DataFrame:
     "One row per cell of the table: method, training, seed, auprc (0 to 1), n_toxic, n_safe."
     columns = dict(method=str, training=str, seed=int, auprc=float, n_toxic=int, n_safe=int)
     return run.frame("40_toxicity_detection", "scores", columns)
 
 
-def read_toxicity_floor(run) -> pd.DataFrame:
+def read_toxicity_floor(
+    run,  # of a later stage
+) -> pd.DataFrame:
     "TF-IDF per training set (rows): n_safe, n_toxic, auprc, its sd over draws, and the test's base rate."
     columns = dict(rows=str, n_safe=int, n_toxic=int, auprc=float, auprc_sd=float, draws=int, base_rate=float)
     return run.frame("40_toxicity_detection", "floor", columns)
 
 
-def read_by_delta(run) -> pd.DataFrame:
+def read_by_delta(
+    run,  # of a later stage
+) -> pd.DataFrame:
     "Figure 6: delta, missing features, n_samples, seed, auprc (0 to 1), des."
     columns = dict(delta=float, missing=int, n_samples=int, seed=int, auprc=float, des=float)
     return run.frame("40_toxicity_detection", "by_delta", columns)
 
 
-def read_by_samples(run) -> pd.DataFrame:
+def read_by_samples(
+    run,  # of a later stage
+) -> pd.DataFrame:
     "Figure 7: samples_per_feature, n_samples, seed, auprc (0 to 1), des."
     columns = dict(samples_per_feature=int, n_samples=int, seed=int, auprc=float, des=float)
     return run.frame("40_toxicity_detection", "by_samples", columns)
