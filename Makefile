@@ -24,7 +24,7 @@ define STAGES
 43_instruction_following:    02 03 31 32
 50_what_predicts_performance: 33 40 41 42 43
 51_missing_features:         02 03 23 31 32 40 41 42 43
-90_tables:                   21 22 31 40 41 42 43
+90_tables:                   02 21 22 31 40 41 42 43
 91_claims:                   40 41 42 43 50 51 90
 92_summary:                  02 03 12 20 23 31 40 41 42 43 91
 endef

@@ -598,7 +598,7 @@ def run_steering(table, samples, backbone, tmp_path, monkeypatch):
             read_backbone=lambda run: backbone,
             start=lambda stage, namespace: namespace["run"],
         )
-        small = dict(methods=["Baseline", "Full Dataset", "SAO", "Ours"], seeds=[42, 43], n_seed_items=2)
+        small = dict(methods=["Baseline", "Full Dataset", "SAO", "Ours"], seeds=[42, 43], n_drawn_items=2)
         small |= dict(max_length=64, floor_draws=3, steering_layer=1)
         return run_cells("42_behavior_steering", stand_ins, **{**small, **given})
 

@@ -298,7 +298,7 @@ def toy_world(monkeypatch):
     return backbone
 
 
-SMALL = dict(steering_layer=1, max_length=64, judge="reference overlap", lora_epochs=1, n_seed_items=2)
+SMALL = dict(steering_layer=1, max_length=64, judge="reference overlap", lora_epochs=1, n_drawn_items=2)
 SMALL |= dict(max_new_tokens=6)
 
 

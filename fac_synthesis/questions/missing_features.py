@@ -228,18 +228,18 @@ def open_behaviors(
     groups: list[Group],  # all cells to train
 ) -> Opened:
     "Steering. The vectors of one share and seed are made together, since their norms are equalised."
-    parameters = read_steering_settings(run, [*STEERING_PARAMETERS, "n_seed_items"])
+    parameters = read_steering_settings(run, [*STEERING_PARAMETERS, "n_drawn_items"])
     backbone = read_backbone(run)
     items = {b: read_task_items(run, b) for b in groups[0]}
     tests = {}
     for b, own in items.items():
         tests[b] = check_items(own[own.split == "test"].to_dict("records"), f"test of {b}")
-    n_seed_items = parameters["n_seed_items"]
+    n_drawn_items = parameters["n_drawn_items"]
 
     def rows(group):
         sets = {}
         for b, c in group.items():
-            sets[b] = item_set(c.row, items[b], c.samples, len(c.samples), n_seed_items, c.seed)
+            sets[b] = item_set(c.row, items[b], c.samples, len(c.samples), n_drawn_items, c.seed)
         return sets
 
     sets = [own for group in groups for own in rows(group).values()]

@@ -421,7 +421,7 @@ def judged_cells(
 
 # %% ../../nbs/43_instruction_following.ipynb #b0a044ae
 TEST_PARAMETERS = (
-    "n_test",
+    "n_test_instructions",
     "reference",
     "judge",
     "max_length",
@@ -442,7 +442,7 @@ def open_test(
 ) -> tuple[InstructionBench, Referee]:
     "The bench and the referee: the first test instructions, what their answers are compared with, the judge."
     test = instruction_items(items, "test").drop_duplicates("instruction")
-    test = test.head(parameters["n_test"] or None)
+    test = test.head(parameters["n_test_instructions"] or None)
     sampling = Sampling(
         max_new_tokens=parameters["max_new_tokens"],
         temperature=parameters["temperature"],

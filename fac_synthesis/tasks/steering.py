@@ -7,7 +7,7 @@ __all__ = ['STEERING_PARAMETERS', 'ItemSet', 'drawn_items', 'item_set', 'item_se
            'check_opened', 'open_items', 'layer_to_steer', 'letter_numbers', 'letter_states', 'differences',
            'steering_vector', 'equal_norms', 'steering', 'steered_logits', 'letter_log_probabilities', 'swap_options',
            'rotations', 'is_right', 'outcomes', 'of_group', 'rates', 'control_rate', 'item_key', 'distinct_items',
-           'Differences', 'Steering', 'differences_of', 'open_steering', 'SteeringBench', 'steered_rates',
+           'differences_of', 'Differences', 'Steering', 'open_steering', 'SteeringBench', 'steered_rates',
            'steering_cell', 'score_row', 'steering_scores', 'steering_summary', 'floor_table', 'read_steering_scores',
            'read_steering_floor', 'read_steering_curves', 'read_steering_settings']
 
@@ -66,13 +66,13 @@ def item_set(
     items: pd.DataFrame,  # human items of the behaviour: split (seed, full) and FIELDS
     samples: pd.DataFrame,  # all samples of the behaviour (method, latent, rank and FIELDS)
     n: int,  # how many of the method's samples are added
-    n_seed_items: int,  # seed items drawn for every row but the full one
+    n_drawn_items: int,  # seed items drawn for every row but the full one
     seed: int,  # of this draw
 ) -> ItemSet:
     "The items of a row. UserError if the method has no samples, or n is 0."
     rows = items[items.split == human_part(method)]
     if method != FULL:
-        rows = drawn_items(rows, n_seed_items, seed)
+        rows = drawn_items(rows, n_drawn_items, seed)
     added = added_samples(method, samples, n)
     return ItemSet(method, rows.to_dict("records") + added.to_dict("records"))
 
@@ -83,7 +83,7 @@ def item_sets(
     items: dict[str, pd.DataFrame],  # behaviour -> human items
     samples: dict[str, pd.DataFrame],  # behaviour -> all samples
     n_added: dict[str, int],  # behaviour -> samples that are added
-    n_seed_items: int,  # seed items drawn for every row but the full one
+    n_drawn_items: int,  # seed items drawn for every row but the full one
 ) -> tuple[dict, dict[str, str]]:
     "((method, seed) -> behaviour -> its items, 'method, behaviour' -> why it has none)."
     sets, absent = {}, {}
@@ -91,7 +91,7 @@ def item_sets(
         for seed in seeds:
             for b in items:
                 try:
-                    own = item_set(method, items[b], samples[b], n_added[b], n_seed_items, seed)
+                    own = item_set(method, items[b], samples[b], n_added[b], n_drawn_items, seed)
                 except UserError as e:
                     absent[f"{method}, {b}"] = str(e)
                 else:
@@ -465,16 +465,42 @@ def distinct_items(
     return list(found.values())
 
 
+def differences_of(
+    backbone: Backbone,
+    items: list[dict],  # distinct ones, with FIELDS
+    layer: int,  # counted from 1
+    max_length: int,  # tokens of a prompt with its template; a longer one is refused
+    batch_tokens: int,  # padded tokens per forward pass
+) -> dict[str, torch.Tensor]:
+    "d_ND: their differences, as they are stored."
+    return {"d_ND": differences(backbone, items, layer, max_length, batch_tokens)}
+
+
 @dataclass
 class Differences:
     "Differences of distinct items, looked up by item."
 
     items: list[dict]
     d_ND: torch.Tensor  # in the order of the items
-    made_with: list = field(default_factory=list)  # what they follow from besides: code, model, layer
+    made_with: list = field(default_factory=list)  # what they follow from besides: model, layer, length
 
     def __post_init__(self):
         self.row = {item_key(item): n for n, item in enumerate(self.items)}
+
+    @classmethod
+    def read(
+        cls,
+        run,  # the notebook's run
+        backbone: Backbone,
+        items: list[dict],  # distinct ones, with FIELDS
+        layer: int,  # counted from 1
+        max_length: int,  # tokens of a prompt with its template; a longer one is refused
+        batch_tokens: int,  # padded tokens per forward pass
+    ):
+        "The differences of the items, stored by the run."
+        settings = (layer, max_length, batch_tokens)
+        stored = run.cached("differences", differences_of, backbone, items, *settings)
+        return cls(items, stored["d_ND"], [backbone, layer, max_length])
 
     def __call__(
         self,
@@ -501,17 +527,6 @@ class Steering:
     name = "steering"  # in tables
 
 
-def differences_of(
-    backbone: Backbone,
-    items: list[dict],  # distinct ones, with FIELDS
-    layer: int,  # counted from 1
-    max_length: int,  # tokens of a prompt with its template; a longer one is refused
-    batch_tokens: int,  # padded tokens per forward pass
-) -> dict[str, torch.Tensor]:
-    "d_ND: their differences, as they are stored."
-    return {"d_ND": differences(backbone, items, layer, max_length, batch_tokens)}
-
-
 def open_steering(
     run,  # the notebook's run
     backbone: Backbone,
@@ -520,12 +535,9 @@ def open_steering(
 ) -> Steering:
     "The training, with the differences of all items read once. UserError if the model has no such layer."
     layer = layer_to_steer(backbone, parameters["steering_layer"])
-    max_length, items = parameters["max_length"], distinct_items(sets)
-    stored = run.cached(
-        "differences", differences_of, backbone, items, layer, max_length, parameters["batch_tokens"]
-    )
-    made_with = [differences_of, backbone, layer, max_length]
-    return Steering(layer, parameters["multipliers"], Differences(items, stored["d_ND"], made_with))
+    settings = (layer, parameters["max_length"], parameters["batch_tokens"])
+    known = Differences.read(run, backbone, distinct_items(sets), *settings)
+    return Steering(layer, parameters["multipliers"], known)
 
 
 STEERING_PARAMETERS = ("steering_layer", "multipliers", "max_length", "batch_tokens")  # what it needs
