@@ -317,7 +317,7 @@ def of_table01(
 
 
 def stored_scores(
-    study: Study,
+    study: Study,  # which cells, and how they are trained
     scores: dict[str, pd.DataFrame],  # task -> the scores that its notebook left
 ) -> dict[int, dict[str, float]]:
     "seed -> column of Table 1 -> value in the paper's unit, of the row Ours in the study's training."
@@ -327,7 +327,7 @@ def stored_scores(
 
 
 def score_rows(
-    group: Group,
+    group: Group,  # one row of the study
     values: dict[str, float],  # column of Table 1 -> value; those of other tasks are passed over
     source: str,  # where they are from
 ) -> list[dict]:
@@ -352,7 +352,7 @@ def first_cell(group: Group) -> Cell:
 
 
 def known_values(
-    group: Group,
+    group: Group,  # one row of the study
     stored: dict[int, dict[str, float]],  # of `stored_scores`
 ) -> dict[str, float]:
     "The stored scores of the whole set if it is one and all of its tasks have some, else nothing."
@@ -363,8 +363,8 @@ def known_values(
 
 def run_study(
     run,  # the notebook's run
-    study: Study,
-    groups: list[Group],
+    study: Study,  # which cells, and how they are trained
+    groups: list[Group],  # the rows of the study
     scores: dict[str, pd.DataFrame],  # task -> the scores that its notebook left
 ) -> list[dict]:
     "The rows of all cells: those of the whole set from its notebook, the others trained here."
@@ -389,7 +389,7 @@ def run_study(
 # %% ../../nbs/51_missing_features.ipynb #925156b8
 def study_groups(
     run,  # the notebook's run
-    study: Study,
+    study: Study,  # which cells, and how they are trained
     tasks: list[str],  # those of the study that are to be trained
     shares: list[float],  # of the missing features
     samplings: list[str],  # N1, N2

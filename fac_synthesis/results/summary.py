@@ -12,13 +12,14 @@ import html
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from scipy import stats
 
 from ..data.corpora import read_corpora
 from ..features.activations import open_reader, read_activations, read_delta
-from ..features.coverage import fac, read_min_texts, read_missing, read_sets
+from ..features.coverage import covered, read_min_texts, read_missing, read_sets, share
 from .claims import read_verdicts
 from ..run.stages import markdown_table, start
 from ..synthesis.covered_samples import read_covered_samples

@@ -345,13 +345,12 @@ class Run:
         return content
 
     def figure(self, figure, name: str, data: pd.DataFrame | None = None):
-        "Writes figures/<name>.png, and the plotted numbers beside it; returns the figure."
+        "Writes figures/<name>.png, and the plotted numbers beside it; the notebook shows it once, by itself."
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
         self._leave(f"figures/{name}.png", buffer.getvalue())
         if data is not None:
             self._leave(f"figures/{name}.csv", data.to_csv(index=False, float_format="%.6g"))
-        return figure
 
     # ---- the end
 

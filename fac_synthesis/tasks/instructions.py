@@ -75,7 +75,7 @@ class InstructionSet:
     "What one row of the table trains on. UserError without rows, or for an empty or missing text."
 
     name: str  # of the row
-    instructions: list[str]
+    instructions: list[str]  # what is asked
     responses: list[str]  # one per instruction
     n_samples: int = 0  # how many of the rows are no seed items
 
@@ -156,8 +156,8 @@ def instruction_sets(
 # %% ../../nbs/43_instruction_following.ipynb #e76ba1bc
 def prompt_completion(
     tokenizer,  # of the model that is tuned
-    instruction: str,
-    response: str,
+    instruction: str,  # what is asked
+    response: str,  # what is answered
 ) -> dict:
     """One row as the trainer reads it: chat messages, or plain text where the tokenizer has no chat template.
 
@@ -189,7 +189,7 @@ def row_lengths(
 
 def long_rows(
     tokenizer,  # of the model that is tuned
-    rows: InstructionSet,
+    rows: InstructionSet,  # what is learnt
     max_length: int,  # most tokens of a row
 ) -> pd.DataFrame:
     "The rows that do not fit: row (counted from 0), prompt and total in tokens, fate (cut or left out)."
@@ -204,7 +204,7 @@ def long_rows(
 
 def sft_rows(
     tokenizer,  # of the model that is tuned
-    rows: InstructionSet,
+    rows: InstructionSet,  # what is learnt
     max_length: int,  # most tokens of a row
 ) -> Dataset:
     "The rows as prompt and completion, after a line about those that do not fit. UserError if none fits."
@@ -225,8 +225,8 @@ def sft_rows(
 # %% ../../nbs/43_instruction_following.ipynb #3af820fc
 def sft_trainer(
     backbone: Backbone,  # stays as it is
-    rows: InstructionSet,
-    settings: LoRASettings,
+    rows: InstructionSet,  # what is learnt
+    settings: LoRASettings,  # of the adapters and the optimizer
     seed: int,  # of LoRA and data order
     max_length: int,  # most tokens of a row
     folder: str,  # for the trainer's files
@@ -258,8 +258,8 @@ def sft_trainer(
 
 def train_sft(
     backbone: Backbone,  # stays as it is
-    rows: InstructionSet,
-    settings: LoRASettings,
+    rows: InstructionSet,  # what is learnt
+    settings: LoRASettings,  # of the adapters and the optimizer
     seed: int,  # of LoRA and data order
     max_length: int = 256,  # most tokens of a row
 ):
@@ -276,7 +276,7 @@ def train_sft(
 # %% ../../nbs/43_instruction_following.ipynb #06bb572a
 def write_answers(
     lm: LanguageModel,  # who answers
-    instructions: list[str],
+    instructions: list[str],  # what is asked
     sampling: Sampling,  # how to draw; one answer each, whatever its n
 ) -> list[str]:
     "One answer per instruction; '' where the model said nothing or failed."
@@ -312,8 +312,7 @@ RUBRICS = {"planted rubric": constraint_score}  # name -> score(instruction, ans
 
 
 def open_judge(
-    # a name of RUBRICS, reference overlap, stored:file, or a language model; weighted: before a local one
-    spec: str,
+    spec: str,  # a name of RUBRICS, reference overlap, stored:<file> or [weighted:]<language model>
     backbone: Backbone | None = None,  # the model that `local` stands for
     test: pd.DataFrame | None = None,  # instruction and response, for reference overlap
 ) -> Judge:
@@ -339,7 +338,7 @@ def open_judge(
 class InstructionBench:
     "What all cells of the table share when models are tuned and answer."
 
-    backbone: Backbone
+    backbone: Backbone  # the model that is tuned
     instructions: list[str]  # of the test
     max_length: int  # most tokens of a row in training
     sampling: Sampling  # how answers are drawn
@@ -365,9 +364,9 @@ class Referee:
 
 
 def answer_cell(
-    bench: InstructionBench,
-    rows: InstructionSet,
-    training: LoRA,
+    bench: InstructionBench,  # what every cell shares
+    rows: InstructionSet,  # what is learnt
+    training: LoRA,  # settings of the column
     seed: int,  # of LoRA and data order
 ) -> dict:
     "One cell before it is judged: method, training, seed, n_samples, and answers to the test instructions."
@@ -378,7 +377,7 @@ def answer_cell(
 
 
 def floor_cells(
-    bench: InstructionBench,
+    bench: InstructionBench,  # what every cell shares
 ) -> list[dict]:
     "Cells of two models that were not tuned: the bare backbone, and one that gives the instruction back."
     bare = bench.answers_of(bench.backbone.model, "bare backbone")
@@ -387,7 +386,7 @@ def floor_cells(
 
 
 def judged_cell(
-    referee: Referee,
+    referee: Referee,  # who judges, and the reference answers
     cell: dict,  # of `answer_cell` or `floor_cells`
 ) -> pd.DataFrame:
     """One row per test instruction: generator, what is known of the cell, instruction, output, preference,
@@ -412,7 +411,7 @@ def judged_cell(
 
 def judged_cells(
     run,  # the notebook's run
-    referee: Referee,
+    referee: Referee,  # who judges, and the reference answers
     cells: list[dict],  # of `answer_cell`
 ) -> pd.DataFrame:
     "All cells judged, one artifact each, as one table."

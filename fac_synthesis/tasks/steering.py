@@ -191,7 +191,7 @@ def open_items(
 
 # %% ../../nbs/42_behavior_steering.ipynb #b5f51a7c
 def layer_to_steer(
-    backbone: Backbone,
+    backbone: Backbone,  # the model that is steered
     layer: int,  # counted from 1, 0 for the hook layer
 ) -> int:
     "The layer, counted from 1. UserError if the model has none of that number."
@@ -211,7 +211,7 @@ def letter_numbers(
 
 
 def letter_states(
-    backbone: Backbone,
+    backbone: Backbone,  # the model that is steered
     rows: list[list[int]],  # tokens that end with a letter
     layer: int,  # counted from 1
     batch_tokens: int,  # padded tokens per forward pass
@@ -230,7 +230,7 @@ def letter_states(
 
 @torch.no_grad()
 def differences(
-    backbone: Backbone,
+    backbone: Backbone,  # the model that is steered
     items: list[dict],  # with FIELDS
     layer: int,  # whose residual is read, counted from 1, 0 for the hook layer
     max_length: int = 1024,  # tokens of a prompt with its template; a longer one is refused
@@ -319,7 +319,7 @@ def steered_logits(
 
 @torch.no_grad()
 def letter_log_probabilities(
-    backbone: Backbone,
+    backbone: Backbone,  # the model that is steered
     items: list[dict],  # with FIELDS
     shifts_SD: torch.Tensor,  # what is added to the residual stream, one after the other
     layer: int,  # where, counted from 1, 0 for the hook layer
@@ -466,7 +466,7 @@ def distinct_items(
 
 
 def differences_of(
-    backbone: Backbone,
+    backbone: Backbone,  # the model that is steered
     items: list[dict],  # distinct ones, with FIELDS
     layer: int,  # counted from 1
     max_length: int,  # tokens of a prompt with its template; a longer one is refused
@@ -529,7 +529,7 @@ class Steering:
 
 def open_steering(
     run,  # the notebook's run
-    backbone: Backbone,
+    backbone: Backbone,  # the model that is steered
     sets: list[ItemSet],  # all that cells use
     parameters: dict,  # {parameter: value} with the names of STEERING_PARAMETERS
 ) -> Steering:
@@ -547,7 +547,7 @@ STEERING_PARAMETERS = ("steering_layer", "multipliers", "max_length", "batch_tok
 class SteeringBench:
     "What all cells of the table share."
 
-    backbone: Backbone
+    backbone: Backbone  # the model that is steered
     tests: dict[str, list[dict]]  # behaviour -> items with FIELDS
     max_length: int = 1024  # tokens of a prompt with its template; a longer one is refused
     batch_tokens: int = 8192  # padded tokens per forward pass
@@ -565,8 +565,8 @@ class SteeringBench:
 
 
 def steered_rates(
-    bench: SteeringBench,
-    training: Steering,
+    bench: SteeringBench,  # what every cell shares
+    training: Steering,  # settings, with the differences of all items
     vectors: dict[str, torch.Tensor],  # behaviour -> v_D
     **about,  # what is known of the cell
 ) -> list[dict]:
@@ -585,9 +585,9 @@ def steered_rates(
 
 
 def steering_cell(
-    bench: SteeringBench,
+    bench: SteeringBench,  # what every cell shares
     sets: dict[str, ItemSet],  # behaviour -> items of the row
-    training: Steering,
+    training: Steering,  # settings, with the differences of all items
     seed: int,  # of the draw of the seed items
 ) -> list[dict]:
     "One cell of the table: `steered_rates` of the row's vectors with method, seed and n_items (from 0 to 1)."
@@ -642,8 +642,8 @@ def steering_summary(
 
 # %% ../../nbs/42_behavior_steering.ipynb #e400f6af
 def floor_table(
-    bench: SteeringBench,
-    training: Steering,
+    bench: SteeringBench,  # what every cell shares
+    training: Steering,  # settings, with the differences of all items
     norm: float,  # length of the directions
     draws: int,  # how many
     seed: int,  # of the draws
