@@ -1,5 +1,6 @@
 """Pages, published outputs and the README, on a project of one notebook made on the spot."""
 
+import base64
 import json
 import re
 from pathlib import Path
@@ -123,6 +124,12 @@ def test_pages_load_nothing_from_outside(project):
     assert "<script" not in html and "<link" not in html
     assert "<msup>" in html and "<title>drawn</title>" in html and "more" in html
     assert "hidden = 1" not in html and '<a href="index.html">front page</a>' in html
+
+
+def test_a_picture_of_the_run_is_in_the_page_itself(project):
+    (project / "results/mini/f.png").write_bytes(b"picture")
+    content = base64.b64encode(b"picture").decode()
+    assert pages.with_drawings("![f](../results/mini/f.png)") == f"![f](data:image/png;base64,{content})"
 
 
 def test_a_drawing_outside_of_the_project_stays_a_link(project, tmp_path_factory):

@@ -108,6 +108,7 @@ pre {white-space: pre-wrap !important; overflow-wrap: anywhere}
 nav.pages {font: 14px sans-serif; padding: .6em 1em; border-bottom: 1px solid #8888}
 nav.pages a {margin-right: 1.5em}
 img, svg {max-width: 100%; height: auto}
+div.highlight {margin-bottom: 1em}
 </style>"""
 
 
@@ -126,14 +127,18 @@ def navigation(
 def with_drawings(
     markdown: str,  # text of a Markdown cell
 ) -> str:
-    "The text with its links to SVG files replaced by the drawings themselves, where the files exist."
+    "The text with its links to SVG and PNG files replaced by the pictures themselves, where the files exist."
 
     def draw(found: re.Match) -> str:
-        file = (project_root() / "nbs" / found[1]).resolve()
-        inside = file.is_relative_to(project_root()) and file.exists()
-        return file.read_text() if inside else found[0]
+        file = (project_root() / "nbs" / found["file"]).resolve()
+        if not (file.is_relative_to(project_root()) and file.exists()):
+            return found[0]
+        if file.suffix == ".svg":
+            return file.read_text()
+        content = base64.b64encode(file.read_bytes()).decode()
+        return f"![{found['title']}](data:image/png;base64,{content})"
 
-    return re.sub(r"!\[[^\]]*\]\(([\w./-]+\.svg)\)", draw, markdown)
+    return re.sub(r"!\[(?P<title>[^\]]*)\]\((?P<file>[\w./-]+\.(svg|png))\)", draw, markdown)
 
 
 def page(

@@ -134,9 +134,9 @@ LISTED = (
     reward_column("average", "reward average", value="average", tables=SECTION_TABLES, main=False),
     steering_column("sycophancy_scr", "sycophancy SCR", task="sycophancy"),
     steering_column("survival_scr", "survival SCR", task="survival"),
-    instruction_column("instruction_lc", "LC", value="lc", main=False),
-    instruction_column("instruction_wr", "WR", value="wr"),
-    instruction_column("instruction_sd", "SD", value="se", main=False),
+    instruction_column("instruction_lc", "instruction LC", value="lc", main=False),
+    instruction_column("instruction_wr", "instruction WR", value="wr"),
+    instruction_column("instruction_sd", "instruction SD", value="se", main=False),
 )
 COLUMNS = {column.name: column for column in LISTED}
 
